@@ -1,0 +1,77 @@
+"""Recorded inputs with the tokens and logits that eager gave: a bundle proves itself against them with no model near."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from genbundle.bundles.dtypes import DTYPE_NAMES, numpy_dtype
+from genbundle.bundles.errors import BundleError
+
+GOLDEN_NAME = "golden.msgpack"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenCase:
+    """One generation that eager did greedily.
+
+    inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
+    `model.generate` returned them. logits: `[batch, new, vocabulary]` float32, the scores each new token was chosen by.
+    """
+
+    name: str
+    inputs: dict[str, np.ndarray]
+    sequences: np.ndarray
+    logits: np.ndarray
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def write_golden(path: Path, cases: list[GoldenCase]) -> None:
+    """Write `cases` to `path`; the same cases give the same bytes."""
+    content = {
+        "version": _VERSION,
+        "cases": [
+            {
+                "name": case.name,
+                "inputs": {name: _pack(array) for name, array in sorted(case.inputs.items())},
+                "sequences": _pack(case.sequences),
+                "logits": _pack(case.logits),
+                "options": dict(sorted(case.options.items())),
+            }
+            for case in cases
+        ],
+    }
+    path.write_bytes(msgpack.packb(content))  # pyright: ignore[reportArgumentType]
+
+
+def read_golden(path: Path) -> list[GoldenCase]:
+    """The cases in the file `path`; BundleError if it isn't what `write_golden` writes."""
+    try:
+        content = msgpack.unpackb(path.read_bytes(), max_map_len=100_000)
+        if content["version"] != _VERSION:
+            raise BundleError(f"{path}: golden file version {content['version']!r}, expected {_VERSION}")
+        return [
+            GoldenCase(
+                name=case["name"],
+                inputs={name: _unpack(array) for name, array in case["inputs"].items()},
+                sequences=_unpack(case["sequences"]),
+                logits=_unpack(case["logits"]),
+                options=case["options"],
+            )
+            for case in content["cases"]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError, msgpack.exceptions.UnpackException) as error:
+        raise BundleError(f"{path}: not a golden file: {error}") from error
+
+
+def _pack(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": np.ascontiguousarray(array).tobytes()}
+
+
+def _unpack(value: dict[str, Any]) -> np.ndarray:
+    if value["dtype"] not in DTYPE_NAMES:
+        raise ValueError(f"unknown dtype {value['dtype']!r}")
+    return np.frombuffer(value["data"], numpy_dtype(value["dtype"])).reshape(value["shape"])

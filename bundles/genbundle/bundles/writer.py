@@ -1,0 +1,115 @@
+"""Writing a bundle: into a temporary directory beside the target, synced, the manifest last, renamed atomically."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from genbundle.bundles.errors import BuildError
+from genbundle.bundles.manifest import MANIFEST_NAME, File, Manifest
+from genbundle.bundles.reader import Bundle, open_bundle, sha256
+
+
+class BundleWriter:
+    """A bundle under construction: write files below `path`, then `commit` the manifest."""
+
+    def __init__(self, path: Path, target: Path):
+        self.path, self.target = path, target
+
+    def stage(self, manifest: Manifest) -> Bundle:
+        """Write `manifest`, completed with every file's size and hash, and open the result where it stands."""
+        files = {
+            file.relative_to(self.path).as_posix(): File(size=file.stat().st_size, sha256=sha256(file))
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file() and file.name != MANIFEST_NAME
+        }
+        _write_synced(self.path / MANIFEST_NAME, replace(manifest, files=files).to_json())
+        return open_bundle(self.path)
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Stage `manifest` and put the bundle at its target in one rename; an old bundle there goes only then."""
+        self.stage(manifest)
+        for file in self.path.rglob("*"):
+            _sync(file)
+        _sync(self.path)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        if self.target.exists():
+            old = self.path.with_name(f"{self.path.name}.old")
+            self.target.rename(old)
+            self.path.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.path.rename(self.target)
+        _sync(self.target.parent)
+        return open_bundle(self.target)
+
+
+@contextmanager
+def new_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[BundleWriter]:
+    """A writer for a bundle at `target`; nothing stands at `target` until `commit`, and nothing is left on an error.
+
+    Raises BuildError when something is at `target` and `overwrite` isn't set, or when what is there is no bundle.
+    What a killed build left beside the target is removed first.
+    """
+    target = Path(target).absolute()
+    check_target(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    path = target.parent / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+    path.mkdir()
+    try:
+        yield BundleWriter(path, target)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """BuildError when `target` can't take a new bundle."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise BuildError(f"{target} exists and is kept untouched: choose another output, or ask to overwrite it")
+    if not target.is_dir() or target.is_symlink():
+        raise BuildError(f"{target} is not a directory: only a bundle is ever overwritten")
+    if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
+        raise BuildError(f"{target} holds files but no {MANIFEST_NAME}: only a bundle is ever overwritten")
+
+
+def _recover(target: Path) -> None:
+    """Undo what killed builds of this target left: restore an old bundle caught mid-swap, remove partial ones."""
+    for leftover in sorted(target.parent.glob(f".{target.name}.*-*.partial*")):
+        pid = leftover.name.removeprefix(f".{target.name}.").partition("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+            continue
+        if leftover.name.endswith(".partial.old") and not target.exists():
+            leftover.rename(target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
