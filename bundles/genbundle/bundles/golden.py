@@ -1,6 +1,6 @@
 """Recorded inputs with the tokens and logits that eager gave: a bundle proves itself against them with no model near."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,25 @@ class GoldenCase:
     """One generation that eager did greedily.
 
     inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
-    `model.generate` returned them. logits: `[batch, new, vocabulary]` float32, the scores each new token was chosen by.
+    `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of every
+    step and their tokens.
     """
 
     name: str
     inputs: dict[str, np.ndarray]
     sequences: np.ndarray
-    logits: np.ndarray
+    top_ids: np.ndarray
+    top_logits: np.ndarray
     options: dict[str, Any] = field(default_factory=dict)
+
+    def truncated(self, k: int) -> "GoldenCase":
+        """The case with only the `k` largest logits of every step."""
+        order = np.argsort(-self.top_logits, axis=-1, kind="stable")[..., :k]
+        return replace(
+            self,
+            top_ids=np.take_along_axis(self.top_ids, order, -1),
+            top_logits=np.take_along_axis(self.top_logits, order, -1),
+        )
 
 
 def write_golden(path: Path, cases: list[GoldenCase]) -> None:
@@ -38,7 +49,8 @@ def write_golden(path: Path, cases: list[GoldenCase]) -> None:
                 "name": case.name,
                 "inputs": {name: _pack(array) for name, array in sorted(case.inputs.items())},
                 "sequences": _pack(case.sequences),
-                "logits": _pack(case.logits),
+                "top_ids": _pack(case.top_ids),
+                "top_logits": _pack(case.top_logits),
                 "options": dict(sorted(case.options.items())),
             }
             for case in cases
@@ -58,7 +70,8 @@ def read_golden(path: Path) -> list[GoldenCase]:
                 name=case["name"],
                 inputs={name: _unpack(array) for name, array in case["inputs"].items()},
                 sequences=_unpack(case["sequences"]),
-                logits=_unpack(case["logits"]),
+                top_ids=_unpack(case["top_ids"]),
+                top_logits=_unpack(case["top_logits"]),
                 options=case["options"],
             )
             for case in content["cases"]

@@ -1,0 +1,5 @@
+"""The builder: `build_bundle(model, inputs, backend)` turns a transformers model into a bundle."""
+
+from genbundle.builder.build import build_bundle
+
+__all__ = ["build_bundle"]

@@ -1,0 +1,203 @@
+"""build_bundle: the recipe in order. Load, capture, explain, export, verify, publish."""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from genbundle.builder.formats import Exported
+from genbundle.builder.formats.onnx import export_onnx
+from genbundle.builder.loading import Loaded, load
+from genbundle.builder.image_text import image_text_components
+from genbundle.builder.plan import Capture, capture, make_plan
+from genbundle.builder.processing import describe_generation, describe_images, describe_text
+from genbundle.builder.programs import decoder_component, text_flow
+from genbundle.builder.progress import show_progress
+from genbundle.builder.samples import Samples, as_inputs, generates_from_text_alone, make_samples
+from genbundle.builder.verify import GOLDEN_LOGITS, record
+from genbundle.bundles import BuildError, Bundle
+from genbundle.bundles.golden import GOLDEN_NAME, write_golden
+from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Manifest, Verification
+from genbundle.bundles.manifest import Model as ModelFacts
+from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
+from genbundle.runtime import load_bundle
+from genbundle.runtime.verify import replay
+
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32",), "xnnpack": ("fp32",), "torch": ("fp32",)}
+_XNNPACK_MAX_LENGTH = 2048  # the cache is part of the program's memory, so it isn't the model's whole context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a build was asked for; the manifest records it."""
+
+    backend: str
+    precision: str = "fp32"
+    max_length: int | None = None
+    verify: bool = True
+
+
+def build_bundle(
+    model: PreTrainedModel | str | Path,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    backend: str = "cpu",
+    *,
+    output: str | Path | None = None,
+    precision: str = "fp32",
+    max_length: int | None = None,
+    processor: Any = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool | Callable[[str], None] = True,
+) -> Bundle:
+    """Export `model` for `backend` into one self-contained bundle, replay it and publish it at `output`.
+
+    Args:
+        model: a loaded generative model (float32; other dtypes are converted), a saved model's directory, or a hub id.
+        inputs: generate kwargs to capture from (`input_ids` int64 `[batch, length]`, `pixel_values` ...), or several
+            of them that differ in what shall be dynamic (picture sizes, counts); made up from the model's vocabulary
+            or processor when None.
+        backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
+        output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
+        precision: of weights and computation; "fp32".
+        max_length: the most tokens (prompt and generated) that a bundle holds; the model's own limit by default.
+        processor: the tokenizer or processor; loaded from the directory or hub id when None.
+        overwrite: replace a bundle that is at `output`. Anything else there is kept and the build refused.
+        verify: replay the bundle on held-out inputs and compare with eager; a mismatch fails the build.
+        progress: True for a progress bar, False for silence, or a callable that gets each stage's name.
+
+    Raises:
+        BuildError: settings, inputs or an output that can't be used.
+        UnsupportedModelError: a model whose generation can't be replayed exactly; names the component and the cause.
+        VerificationError: the finished bundle gave other tokens than eager; nothing is kept.
+    """
+    settings = _check_settings(backend, precision, max_length, verify)
+    if output is not None:
+        check_target(Path(output).absolute(), overwrite=overwrite)
+    given = as_inputs(inputs)
+    with show_progress(progress, stages=8) as announce:
+        announce("load the model")
+        loaded = load(model, processor)
+        target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
+        with new_bundle(target, overwrite=overwrite) as writer:
+            samples = make_samples(loaded.model, given)
+            manifest = _export(loaded, samples, settings, writer.path, announce)
+            if settings.verify:
+                announce("verify")
+                manifest = _verify(loaded.model, samples, manifest, writer)
+            announce("publish")
+            return writer.commit(manifest)
+
+
+def _check_settings(backend: str, precision: str, max_length: int | None, verify: bool) -> Settings:
+    if backend not in BACKENDS:
+        raise BuildError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS[backend]:
+        raise BuildError(f"precision {precision!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}")
+    if max_length is not None and (type(max_length) is not int or max_length < 2):
+        raise BuildError(f"max_length: expected an integer of at least 2, got {max_length!r}")
+    return Settings(backend=backend, precision=precision, max_length=max_length, verify=verify)
+
+
+def _export(
+    loaded: Loaded, samples: Samples, settings: Settings, folder: Path, announce: Callable[[str], None]
+) -> Manifest:
+    """Capture, explain and export; everything of the manifest but the verification."""
+    model = loaded.model
+    generation = describe_generation(model)
+    announce("capture")
+    captures = capture(model, samples.capture)
+    capacity = settings.max_length or _context_length(model)
+    exported = _FORMATS[settings.backend](model, captures, capacity, folder, announce)
+    text = images = None
+    if loaded.processor is not None:
+        text = describe_text(loaded.processor, folder)
+        images = describe_images(loaded.processor, model.config)
+    model.config.to_json_file(folder / "config.json", use_diff=False)
+    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+    return Manifest(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        backend=settings.backend,  # pyright: ignore[reportArgumentType]
+        precision=settings.precision,
+        model=ModelFacts(
+            architecture=type(model).__name__,
+            name=loaded.name,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        ),
+        flow=exported.flow,
+        programs=exported.programs,
+        state=exported.state,
+        weights=exported.weights,
+        generation=generation,
+        text=text,
+        images=images,
+        files={},
+        notes=exported.notes,
+        packages=_packages(settings.backend),
+        settings=asdict(settings),
+    )
+
+
+def _explicit(
+    format_name: str,
+    model: PreTrainedModel,
+    captures: list[Capture],
+    capacity: int | None,
+    folder: Path,
+    announce: Callable[[str], None],
+) -> Exported:
+    """The backends whose programs take and return their state: ONNX and torch.export."""
+    announce("explain")
+    plan = make_plan(model, captures)
+    fuse = format_name == "cpu"
+    if any("mm_encoder_outputs" in item.prompt for item in captures):
+        components, flow = image_text_components(
+            model, plan, captures, fuse=fuse, capacity=capacity, text_alone=generates_from_text_alone(model)
+        )
+    else:
+        components, flow = [decoder_component(model, plan, captures, fuse=fuse)], text_flow(capacity)
+    if format_name == "torch":
+        from genbundle.builder.formats.torch_export import export_torch
+
+        return replace(export_torch(components, folder, announce), flow=flow)
+    return replace(export_onnx(components, folder, format_name, announce), flow=flow)
+
+
+_FORMATS: dict[str, Callable[..., Exported]] = {
+    "cpu": partial(_explicit, "cpu"),
+    "cuda": partial(_explicit, "cuda"),
+    "torch": partial(_explicit, "torch"),
+}
+
+
+def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer: BundleWriter) -> Manifest:
+    """Replay the staged bundle on the held-out inputs; the manifest with the report, the golden records written."""
+    cases = [record(model, name, inputs) for name, inputs in samples.held_out.items()]
+    device = "cpu" if manifest.backend == "cuda" else None
+    runtime = load_bundle(writer.stage(manifest), device=device)
+    checks = tuple(replay(runtime, case) for case in cases)
+    write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
+    pending = None
+    if manifest.backend == "cuda":
+        pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
+    return replace(
+        manifest, verification=Verification(provider=runtime.backend.device, checks=checks, pending=pending)
+    )
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    """The most positions that the model's own config allows."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _packages(backend: str) -> dict[str, str]:
+    names = {"cpu": ("onnxruntime", "onnxscript"), "cuda": ("onnxruntime", "onnxscript"), "xnnpack": ("executorch",)}
+    used = ("genbundle", "transformers", "torch", *names.get(backend, ()))
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in used}

@@ -1,0 +1,85 @@
+"""What the builder exports: named modules with flat tensor inputs and outputs, and where each input comes from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Role, Source, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One program to be.
+
+    module: `forward(**inputs) -> dict[str, Tensor]`. sample: one set of inputs that it runs on. axes: the dynamic
+    axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
+    states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
+    in, which only look back.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    module: torch.nn.Module
+    sample: dict[str, torch.Tensor]
+    axes: Mapping[str, Mapping[int, str]]
+    sources: Mapping[str, Source]
+    states: Mapping[str, str] = field(default_factory=dict)
+    modality: str | None = None
+    fusions: bool = True
+
+
+def shape_of(tensor: torch.Tensor, axes: Mapping[int, str]) -> tuple[int | str, ...]:
+    """The tensor's shape with its dynamic axes by name."""
+    return tuple(axes.get(axis, size) for axis, size in enumerate(tensor.shape))
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """The manifest's name of the tensor's dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def as_state(name: str, tensor: torch.Tensor, axes: Mapping[int, str], growing: str) -> State:
+    """A state entry shaped like `tensor`; it grows along the axis called `growing`, if there is one."""
+    axis = next((axis for axis, symbol in axes.items() if symbol == growing), None)
+    return State(name=name, dtype=dtype_of(tensor), shape=shape_of(tensor, axes), axis=axis)
+
+
+def name_axes(
+    samples: Sequence[Mapping[str, torch.Tensor]], known: Mapping[tuple[int, ...], str] | None = None
+) -> dict[str, dict[int, str]]:
+    """The axes whose sizes differ between samples; `known` names an axis by its sizes over the samples."""
+    axes: dict[str, dict[int, str]] = {}
+    for key in samples[0]:
+        shapes = [tuple(sample[key].shape) for sample in samples]
+        if len({len(shape) for shape in shapes}) != 1:
+            raise UnsupportedModelError(f"the input {key!r} has another number of axes from run to run")
+        for axis, sizes in enumerate(zip(*shapes, strict=True)):
+            if len(set(sizes)) > 1:
+                axes.setdefault(key, {})[axis] = (known or {}).get(sizes, f"{key}_{axis}")
+    return axes
+
+
+def needed_inputs(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`inputs` without those that the module does as well without, tried one after another."""
+    kept = dict(inputs)
+    with torch.no_grad():
+        expected = module(**kept)
+        for key in inputs:
+            without = {name: value for name, value in kept.items() if name != key}
+            try:
+                found = module(**without)
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+                continue
+            if same_tensors(found, expected):
+                kept = without
+    return kept
+
+
+def same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    """Whether both hold the same names with values equal to float rounding."""
+    return found.keys() == expected.keys() and all(
+        found[key].shape == value.shape and torch.allclose(found[key], value, rtol=1e-4, atol=1e-5)
+        for key, value in expected.items()
+    )

@@ -1,0 +1,48 @@
+"""Cutting into a model's forward: one module's forward replaced for a while, or its output taken."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` called with another forward inside the block, on this instance alone."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
+
+
+def output_inside(module: torch.nn.Module, run: Callable[[], Any]) -> Any:
+    """What `module` returns inside `run`.
+
+    `run` goes on with zeros for a batch of two, so that what it does afterwards is dead code, and a Python loop over the
+    output runs a fixed number of times. (An exception can't end it here: tracers don't survive one.)
+    """
+    original, found = module.forward, []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        found.append(original(*args, **kwargs))
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]), found[0]
+        )
+
+    with forward_of(module, record):
+        run()
+    if not found:
+        raise RuntimeError(f"{type(module).__name__} was not called")
+    return found[0]
+
+
+def leaves(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a module's output by path."""
+    flat, _ = torch.utils._pytree.tree_flatten_with_path(output)
+    return {torch.utils._pytree.keystr(path): leaf for path, leaf in flat if isinstance(leaf, torch.Tensor)}

@@ -1,0 +1,120 @@
+"""The only module that touches transformers.exporters: captures, preparers, and lowering one module to one program.
+
+transformers.exporters is experimental and its versions are pinned in pyproject.toml; everything that a change there
+could break is behind these few functions.
+"""
+
+import contextlib
+import copy
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
+
+from genbundle.bundles import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+FREE_AXES = frozenset({"batch", "sequence", "past"})
+Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
+
+
+def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The forward kwargs of the prompt and of two merged steps, captured from a real `model.generate(**inputs)`.
+
+    Raises UnsupportedModelError when generate refuses the inputs or never calls the model's own forward.
+    """
+    with quiet():
+        try:
+            # Sampling would draw different tokens in each capture, and beams would multiply the batch.
+            config = copy.deepcopy(model.generation_config)
+            config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1)
+            stages = decompose_prefill_decode(model, dict(inputs), generation_config=config, multi_token_decode=True)
+        except RuntimeError as error:
+            cause = error.__cause__ or error
+            raise UnsupportedModelError(
+                f"{type(model).__name__}.generate refuses the inputs {sorted(inputs)}: {first_line(cause)}"
+            ) from error
+    return stages["prefill"][1], stages["decode"][1]
+
+
+def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with the integer tensors added that upstream computes before tracing (patch grids to positions ...)."""
+    with quiet(), torch.no_grad():
+        _, prepared, _ = prepare_for_export(module, copy.deepcopy(dict(inputs)))
+    return dict(prepared)
+
+
+def to_exported_program(module: torch.nn.Module, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
+    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
+    with quiet():
+        exported = DynamoExporter().export(module, _copy(sample), DynamoConfig(dynamic_shapes=_shapes(sample, axes)))
+    return exported.program
+
+
+def to_onnx(
+    module: torch.nn.Module, sample: dict[str, torch.Tensor], axes: Axes, provider: str | None
+) -> "onnx_ir.Model":
+    """`module(**sample)` as an ONNX model, dynamic along `axes` only, fused for `provider` ("cpu", "cuda" or None)."""
+    config = OnnxConfig(dynamic_shapes=_shapes(sample, axes), ort_fusions=provider)  # pyright: ignore[reportArgumentType]
+    with quiet():
+        exported = OnnxExporter().export(module, _copy(sample), config)
+    return exported.program
+
+
+def _copy(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Upstream's preparation writes into the dict that it is given.
+    return dict(sample)
+
+
+def _shapes(sample: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, dict[int, Any]]:
+    # One symbol for the axes of one name, which spares the solver most of its work; any other axis may follow from
+    # others (total = past + new), which torch.export derives but refuses of a symbol of its own.
+    names = {symbol for item in axes.values() for symbol in item.values()}
+    symbols = {symbol: torch.export.Dim(symbol) for symbol in names & FREE_AXES}
+    return {
+        name: {axis: symbols.get(symbol, torch.export.Dim.AUTO) for axis, symbol in axes.get(name, {}).items()}
+        for name in sample
+    }
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def quiet(log: str | None = None) -> Iterator[None]:
+    """Hide what exporters print and log; it is written to the file `log` or, without one, kept out of sight.
+
+    File descriptors are redirected, since parts of it come from C++.
+    """
+    if os.environ.get("GENBUNDLE_VERBOSE"):
+        yield
+        return
+    previous = logging.root.manager.disable
+    sys.stdout.flush(), sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(open(log, "ab") if log else tempfile.TemporaryFile())
+        os.dup2(sink.fileno(), 1), os.dup2(sink.fileno(), 2)
+        try:
+            if not log:
+                logging.disable(logging.WARNING)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(saved[0], 1), os.dup2(saved[1], 2)
+            os.close(saved[0]), os.close(saved[1])
+            logging.disable(previous)

@@ -1,0 +1,34 @@
+"""One module per program format: each takes components and returns what the manifest says of the programs it wrote."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from genbundle.builder.components import Component, dtype_of, shape_of
+from genbundle.bundles.manifest import Flow, Input, Program, State
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What a format wrote: programs, the state they carry, how they are called, the weights file, and what to know."""
+
+    programs: tuple[Program, ...]
+    state: tuple[State, ...] = ()
+    flow: Flow | None = None
+    weights: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def describe_inputs(component: Component, read: Collection[str | None], rename: Callable[[str], str]) -> tuple[Input, ...]:
+    """The manifest's inputs of a component, in its sample's order, without those that its program doesn't read."""
+    return tuple(
+        Input(
+            name=rename(name),
+            dtype=dtype_of(tensor),
+            shape=shape_of(tensor, component.axes.get(name, {})),
+            source=component.sources[name],
+        )
+        for name, tensor in component.sample.items()
+        if name in read
+    )

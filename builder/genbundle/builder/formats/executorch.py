@@ -1,0 +1,249 @@
+"""The `xnnpack` backend: one multi-method .pte whose decoder owns its cache, lowered to ExecuTorch's XNNPACK delegate.
+
+The method names and constants are those that ExecuTorch's own runners look for, so that a bundle whose model they can
+express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder`, `token_embedding` and `text_decoder`
+(MultimodalRunner).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from genbundle.builder.components import Component
+from genbundle.builder.exporting import quiet
+from genbundle.builder.formats import Exported
+from genbundle.builder.stateful import DecoderCall, StatefulDecoder
+from genbundle.builder.stateful_encoder import PictureEncoder, one_picture, picture_inputs
+from genbundle.builder.stateful_merge import Scatter, TokenEmbedding, check_scatter, probe_call
+from genbundle.bundles import MissingExtraError, UnsupportedModelError
+from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
+
+PROGRAM_FILE = "programs/model.pte"
+_TOKENS = Input(name="tokens", dtype="int64", shape=(1, "sequence"), source=Source(kind="tokens"))
+_START = Input(name="start_pos", dtype="int64", shape=(1,), source=Source(kind="start"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One method of a .pte: the module, inputs to trace it with, and `torch.export`'s description of their axes.
+
+    fold_constants: compute what doesn't depend on the inputs now, where the model computes it with operators that
+    ExecuTorch lacks; every weight that only such a computation reads is replaced by its result.
+    """
+
+    module: torch.nn.Module
+    args: tuple[torch.Tensor, ...]
+    dynamic_shapes: Any = None
+    fold_constants: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """What an image-text model needs besides its decoder.
+
+    inputs: generate kwargs of one capture. encoder: its image encoder, whose sample is that capture's pictures.
+    placeholder: the token in whose places features go. positions: the source of explicit position ids, where the
+    decoder takes them. text_alone: the model also generates without pictures.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    encoder: Component
+    placeholder: int
+    positions: Source | None = None
+    text_alone: bool = True
+
+
+def export_executorch(
+    model: PreTrainedModel,
+    *,
+    max_length: int,
+    eos_token_ids: Sequence[int] = (),
+    pictures: Pictures | None = None,
+    path: Path,
+) -> Exported:
+    """Write `model` as one .pte to `path` and say what is in it.
+
+    Args:
+        model: a loaded generative model, float32, in eval mode; unchanged afterwards.
+        max_length: the most tokens (prompt and generated) that the state holds; the file reserves memory for them.
+        eos_token_ids: where ExecuTorch's own runners stop.
+        pictures: for an image-text model, what it needs besides its decoder.
+        path: the file to write.
+
+    Raises:
+        UnsupportedModelError: the model's state, attention or merge can't be expressed; names component and cause.
+        MissingExtraError: ExecuTorch isn't installed.
+    """
+    with quiet():
+        exported, methods = (_text if pictures is None else _image_text)(model, max_length, pictures)
+        lower(methods, runner_constants(max_length, eos_token_ids), path)
+    return exported
+
+
+def runner_constants(max_length: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's own runners read from a .pte (extension/llm/runner/constants.h)."""
+    return {
+        "get_max_seq_len": max_length,
+        "get_max_context_len": max_length,
+        "get_eos_ids": list(eos_token_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def lower(methods: Mapping[str, Method], constants: Mapping[str, Any], path: Path) -> None:
+    """Export `methods`, lower them to XNNPACK and write one .pte to `path`.
+
+    Weights that several methods read in the same layout are stored once.
+
+    Raises MissingExtraError without ExecuTorch, UnsupportedModelError (naming the method) for a module that
+    torch.export or ExecuTorch can't take.
+    """
+    with quiet():
+        try:
+            from genbundle.builder.formats.executorch_lowering import lower_methods
+        except ImportError as error:
+            raise MissingExtraError("building an xnnpack bundle", "executorch", "builder") from error
+        lower_methods(methods, constants, path)
+
+
+def _text(model: PreTrainedModel, max_length: int, _: None) -> tuple[Exported, dict[str, Method]]:
+    decoder = StatefulDecoder(model, capacity=max_length)
+    sequence = torch.export.Dim("sequence", min=1, max=max_length)
+    forward = Method(
+        module=decoder,
+        args=(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)),
+        dynamic_shapes=({1: sequence}, None),
+    )
+    roles: tuple[Role, ...] = ("merge", "language_model", "lm_head", "decode")
+    program = _program("decode", "forward", roles, (_TOKENS, _START), (_logits(decoder),))
+    flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), batch=1, continues=True, capacity=max_length)
+    return Exported(programs=(program,), flow=flow, notes=_notes(model)), {"forward": forward}
+
+
+def _image_text(model: PreTrainedModel, max_length: int, pictures: Pictures) -> tuple[Exported, dict[str, Method]]:
+    call, seen = probe_call(model, pictures.inputs)
+    if not call.embeds or (call.position_axes and pictures.positions is None):
+        what = "position_ids have no rule" if call.embeds else "input is tokens although pictures were given"
+        raise UnsupportedModelError(f"language_model: its {what}: build for another backend, for instance cpu")
+    decoder = StatefulDecoder(model, capacity=max_length, call=call)
+    embedding = TokenEmbedding(model, call.deepstack)
+    scatter, encoder = Scatter(embedding, pictures.placeholder), PictureEncoder(pictures.encoder)
+    picture = one_picture(pictures.encoder)
+    with torch.no_grad():
+        found = [part.reshape(-1, part.shape[-1]) for part in pictures.encoder.module(**pictures.encoder.sample).values()]
+        check_scatter(scatter, pictures.inputs, found, seen)
+        per_picture = found[0].shape[0] * picture[0].shape[0] // next(iter(pictures.encoder.sample.values())).shape[0]
+    width = found[0].shape[1]
+    sequence = torch.export.Dim("sequence", min=1, max=max_length)
+    features = torch.export.Dim("features", min=1, max=max_length)
+    tokens, start = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    extra = [(torch.zeros(call.position_axes, 1, 3, dtype=torch.long), {2: sequence})] if call.position_axes else []
+    extra += [(torch.ones(1, dtype=torch.long), None)] if call.both_ways else []
+    extra += [(torch.zeros(call.deepstack, 1, 3, width), {2: sequence})] if call.deepstack else []
+    decode_shapes = ({1: sequence}, None, *([tuple(shape for _, shape in extra)] if extra else []))
+    levels = [(torch.zeros(call.deepstack, 2, width), {1: features})] if call.deepstack else []
+    merge_shapes = ({1: sequence}, {1: features}, *([tuple(shape for _, shape in levels)] if levels else []))
+    methods = {
+        "vision_encoder": Method(module=encoder, args=picture, fold_constants=True),
+        "token_embedding": Method(module=embedding, args=(tokens,), dynamic_shapes=({1: sequence},)),
+        "merge": Method(
+            module=scatter,
+            args=(tokens, torch.zeros(1, 2, width), *(level for level, _ in levels)),
+            dynamic_shapes=merge_shapes,
+        ),
+        "text_decoder": Method(
+            module=decoder,
+            args=(torch.zeros(1, 3, width), start, *(tensor for tensor, _ in extra)),
+            dynamic_shapes=decode_shapes,
+        ),
+    }
+    programs, flow = _image_text_programs(decoder, pictures, call, width, per_picture)
+    return Exported(programs=programs, flow=flow, notes=_notes(model)), methods
+
+
+def _image_text_programs(
+    decoder: StatefulDecoder, pictures: Pictures, call: DecoderCall, width: int, per_picture: int
+) -> tuple[tuple[Program, ...], Flow]:
+    features = Output(name="image_features", dtype="float32", shape=(1, "features", width))
+    embeds = Output(name="inputs_embeds", dtype="float32", shape=(1, "sequence", width))
+    levels = Output(name="image_levels", dtype="float32", shape=(call.deepstack, "features", width))
+    dense = Output(name="deepstack", dtype="float32", shape=(call.deepstack, 1, "sequence", width))
+    deep = call.deepstack > 0
+    encoder = Program(
+        name=pictures.encoder.name,
+        file=PROGRAM_FILE,
+        method="vision_encoder",
+        modality="image",
+        roles=pictures.encoder.roles,
+        inputs=picture_inputs(pictures.encoder),
+        outputs=(features, levels) if deep else (features,),
+    )
+    merged = (embeds, dense) if deep else (embeds,)
+    merge_inputs = (_TOKENS, _fed(features), *((_fed(levels),) if deep else ()))
+    merge = _program("merge", "merge", ("merge",), merge_inputs, merged)
+    embedding = _program("token_embedding", "token_embedding", ("merge",), (_TOKENS,), merged)
+    prompt = _program(
+        "prompt",
+        "text_decoder",
+        ("language_model", "lm_head"),
+        _decoder_inputs(embeds, dense, pictures, call, 1),
+        (_logits(decoder),),
+    )
+    decode = _program(
+        "decode",
+        "text_decoder",
+        ("language_model", "lm_head", "decode"),
+        _decoder_inputs(embeds, dense, pictures, call, 0),
+        (_logits(decoder),),
+    )
+    needs = {source.name for source in pictures.encoder.sources.values() if source.kind == "user"}
+    needs |= {name for source in pictures.encoder.sources.values() for name in source.options.get("inputs", ())}
+    picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
+    alone = (Route(programs=("token_embedding", "decode")),) if pictures.text_alone else ()
+    flow = Flow(
+        prompt=(picture, *alone), step=("token_embedding", "decode"), batch=1, continues=True, capacity=decoder.capacity
+    )
+    return (encoder, merge, embedding, prompt, decode), flow
+
+
+def _decoder_inputs(
+    embeds: Output, dense: Output, pictures: Pictures, call: DecoderCall, both_ways: int
+) -> tuple[Input, ...]:
+    inputs = [_fed(embeds), _START]
+    if call.position_axes and pictures.positions is not None:
+        shape = (call.position_axes, 1, "sequence")
+        inputs.append(Input(name="position_ids", dtype="int64", shape=shape, source=pictures.positions))
+    if call.both_ways:
+        source = Source(kind="constant", value=both_ways)
+        inputs.append(Input(name="both_ways", dtype="int64", shape=(1,), source=source))
+    return (*inputs, _fed(dense)) if call.deepstack else tuple(inputs)
+
+
+def _fed(output: Output) -> Input:
+    source = Source(kind="output", name=output.name)
+    return Input(name=output.name, dtype=output.dtype, shape=output.shape, source=source)
+
+
+def _logits(decoder: StatefulDecoder) -> Output:
+    return Output(name="logits", dtype="float32", shape=(1, 1, int(decoder.head.weight.shape[0])))
+
+
+def _program(
+    name: str, method: str, roles: tuple[Role, ...], inputs: tuple[Input, ...], outputs: tuple[Output, ...]
+) -> Program:
+    return Program(name=name, method=method, file=PROGRAM_FILE, roles=roles, inputs=inputs, outputs=outputs)
+
+
+def _notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a user should know of the file."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        size = head.weight.numel() * head.weight.element_size()
+        return (f"the tied embedding stands twice ({size} bytes): as a table, and packed for the head by XNNPACK",)
+    return ()

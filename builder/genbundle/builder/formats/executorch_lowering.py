@@ -1,0 +1,83 @@
+"""From modules to one .pte: torch.export, XNNPACK partitioning, memory planning, streamed to the file.
+
+Imports ExecuTorch (and with it torchao) at module level: import this module inside functions only.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
+
+from genbundle.builder.stateful import StatefulDecoder
+from genbundle.bundles import UnsupportedModelError
+
+
+class ExactGeluConfig(GeluConfig):
+    """Leaves GELU's tanh form to ExecuTorch's own kernel: XNNPACK 1.4.1 computes the exact form in its place.
+
+    Remove with an ExecuTorch that has https://github.com/pytorch/executorch/pull/22851.
+    """
+
+    def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
+        """Whether XNNPACK takes the node."""
+        return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
+
+
+def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> None:
+    """What `executorch.lower` does, with ExecuTorch imported."""
+    programs = {name: _export(name, method) for name, method in methods.items()}
+    configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
+    try:
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner=[XnnpackPartitioner(configs)],
+            constant_methods=dict(constants),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                # The caller's tensors are used where they are; a dynamic axis needs the constraint-based evaluation.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            )
+        )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"ExecuTorch can't lower the methods {', '.join(methods)}: {_first_line(error)}: build for another "
+            "backend, for instance cpu"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        program.write_to_file(file)
+
+
+def _export(name: str, method: Any) -> torch.export.ExportedProgram:
+    stateful = isinstance(method.module, StatefulDecoder)
+    try:
+        with torch.no_grad(), method.module.exporting() if stateful else nullcontext():
+            program = torch.export.export(
+                method.module.eval(), method.args, dynamic_shapes=method.dynamic_shapes, strict=False
+            )
+            return constant_prop_pass(program) if method.fold_constants else program
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"torch.export can't trace the method {name!r} of {type(method.module).__name__}: {_first_line(error)}: "
+            "build for another backend, for instance cpu"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,128 @@
+"""ONNX programs: lower each component, fix what ONNX Runtime needs, share every weight, describe inputs and outputs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from genbundle.builder.components import Component, as_state
+from genbundle.builder.exporting import to_onnx
+from genbundle.builder.formats import Exported, Progress, describe_inputs
+from genbundle.builder.passes.tied_weights import share_transposed_weights
+from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPool
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Output, Program, State
+
+def export_onnx(components: Iterable[Component], folder: Path, provider: str, progress: Progress) -> Exported:
+    """Write one .onnx per component below `folder` and the weights they share, each once.
+
+    provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
+    """
+    pool, models, programs, states = WeightPool(), {}, [], {}
+    for component in components:
+        progress(f"export {component.name}")
+        # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
+        fused_for = provider if component.fusions and provider == "cpu" else None
+        model = to_onnx(component.module, component.sample, component.axes, fused_for)
+        _expect_dynamic(model, component)
+        share_transposed_weights(model)
+        _name_axes(model, component)
+        program = _describe(model, component, states)
+        _rename(model, component)
+        models[component.name] = (model, _share(model, pool))
+        programs.append(program)
+    progress("write weights")
+    pool.write(folder / WEIGHTS_NAME)
+    for name, (model, shared) in models.items():
+        for value, key in shared:
+            slot = pool.slots[key]
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_NAME,
+                slot.offset,
+                slot.length,
+                value.const_value.dtype,
+                shape=value.const_value.shape,
+                name=value.name,
+                base_dir=folder,
+            )
+        model.producer_name, model.producer_version = "genbundle", None
+        for node in model.graph.all_nodes():
+            # Trace positions of the exporting machine: no use to a runtime, and they'd change the bytes.
+            node.metadata_props.clear()
+            node.doc_string = None
+        ir.save(model, folder / f"{name}.onnx")
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME)
+
+
+def onnx_name(name: str) -> str:
+    """The graph's name of a component's input or output: the field's `past_key_values.0.key`, `present.0.key`."""
+    head, _, rest = name.partition("_")
+    index, _, kind = rest.partition("_")
+    if head in ("past", "present") and index.isdigit():
+        return f"{'past_key_values' if head == 'past' else 'present'}.{index}.{kind}"
+    return name
+
+
+def _share(model: ir.Model, pool: WeightPool) -> list[tuple[ir.Value, str]]:
+    shared = []
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.nbytes >= SHARED_FROM_BYTES:
+            shared.append((value, pool.add(value.name or "weight", value.const_value)))
+    return shared
+
+
+def _expect_dynamic(model: ir.Model, component: Component) -> None:
+    """UnsupportedModelError where the tracer fixed an axis that has to vary: such a program would be wrong elsewhere."""
+    for value in model.graph.inputs:
+        for axis, name in component.axes.get(value.name or "", {}).items():
+            if value.uses() and value.shape is not None and isinstance(value.shape[axis], int):
+                raise UnsupportedModelError(
+                    f"{component.name}: axis {axis} ({name}) of its input {value.name!r} is fixed at {value.shape[axis]} by "
+                    "the model's code"
+                )
+
+
+def _name_axes(model: ir.Model, component: Component) -> None:
+    """Give the dynamic axes their names, in place of the tracer's symbols."""
+    for value in model.graph.inputs:
+        axes = component.axes.get(value.name or "", {})
+        if value.shape is not None:
+            value.shape = ir.Shape([axes.get(axis, dim) for axis, dim in enumerate(value.shape)])
+    for value in model.graph.outputs:
+        axes = component.axes.get(value.name or "", {})
+        if value.shape is not None:
+            value.shape = ir.Shape([axes.get(axis, dim) for axis, dim in enumerate(value.shape)])
+
+
+def _rename(model: ir.Model, component: Component) -> None:
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        value.name = onnx_name(value.name or "")
+
+
+def _describe(model: ir.Model, component: Component, states: dict[str, State]) -> Program:
+    read = {value.name for value in model.graph.inputs if value.uses() or value.is_graph_output()}
+    for value in list(model.graph.inputs):
+        if value.name not in read:
+            model.graph.inputs.remove(value)
+    inputs = describe_inputs(component, read, onnx_name)
+    for name, source in component.sources.items():
+        if source.kind == "state" and name in read:
+            axes = component.axes[name]
+            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes, "past")
+    outputs = []
+    for value in model.graph.outputs:
+        name = value.name or ""
+        axes = component.axes.get(name, {})
+        shape = tuple(
+            axes.get(axis, dim if isinstance(dim, int) else str(dim)) for axis, dim in enumerate(value.shape or ())
+        )
+        dtype = "bfloat16" if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy().name  # pyright: ignore
+        outputs.append(Output(name=onnx_name(name), dtype=dtype, shape=shape, state=component.states.get(name)))
+    return Program(
+        name=component.name,
+        file=f"{component.name}.onnx",
+        roles=component.roles,
+        modality=component.modality,
+        inputs=inputs,
+        outputs=tuple(outputs),
+    )

@@ -1,0 +1,185 @@
+"""The programs of an image-text model: encoder (with projector), merge, prompt, and decode for the steps."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from genbundle.builder.components import Component, name_axes, needed_inputs
+from genbundle.builder.decoder import Decoder
+from genbundle.builder.encoders import Features, candidate_features, encoder_component
+from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
+from genbundle.builder.plan import Capture, Plan
+from genbundle.builder.programs import can_fuse_prompt, can_fuse_step, text_sample, with_past
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Flow, Route, Source
+
+MODALITY = "image"
+_STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
+
+
+def image_text_components(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None, text_alone: bool
+) -> tuple[list[Component], Flow]:
+    """The components of an image-text model and how they are called.
+
+    fuse: use GroupQueryAttention where a program's attention allows it. text_alone: the model also generates from text
+    without a picture, which the step's program then takes.
+    """
+    outputs = [item.prompt["mm_encoder_outputs"].get(MODALITY) for item in captures]
+    if any(output is None for output in outputs):
+        raise UnsupportedModelError(f"{type(model).__name__}: generate gave no {MODALITY} encoder output for a sample")
+    sizes = {
+        tuple(item.prompt["input_ids"].shape[0] for item in captures): "batch",
+        tuple(item.prompt["input_ids"].shape[1] for item in captures): "sequence",
+    }
+    constants = _constants(model, captures)
+    given = [_prompt_tensors(item, captures[0]) for item in captures]
+    features = _features(model, outputs[0], given[0], constants)
+    merge = Merge(model, MODALITY, features, type(outputs[0]), constants)
+    samples = [
+        {**inputs, **{item.name: item.read(output) for item in features}} for inputs, output in zip(given, outputs, strict=True)
+    ]
+    with torch.no_grad():
+        template = merge.called_with(samples[0])
+        recorded = [tensors_of(merge.called_with(sample)) for sample in samples]
+    handed_through = {path: name for path, value in recorded[0].items() for name, item in samples[0].items() if value is item}
+    merge.only = [path for path in recorded[0] if path not in handed_through]
+    kept = needed_inputs(merge.eval(), samples[0])
+    sources = {**_prompt_sources(model, plan, captures, given), **{item.name: Source(kind="output", name=item.name) for item in features}}
+    encoder = encoder_component(model, MODALITY, captures, features)
+    merged = Component(
+        name="merge",
+        roles=("merge",),
+        module=merge,
+        sample=kept,
+        axes={**name_axes(samples, sizes), **name_axes([{f"merged_{p}": v for p, v in item.items()} for item in recorded], sizes)},
+        sources={name: sources[name] for name in kept},
+    )
+    prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
+    decode = _decode_component(model, plan, captures, fuse=fuse)
+    needs = {
+        *(source.name for source in merged.sources.values() if source.kind == "user"),
+        *(source.name for source in encoder.sources.values() if source.kind == "user"),
+        *(name for source in encoder.sources.values() for name in source.options.get("inputs", ())),
+    }
+    picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
+    routes = (picture, Route(programs=("decode",))) if text_alone else (picture,)
+    flow = Flow(prompt=routes, step=("decode",), continues=True, capacity=capacity)
+    return [encoder, merged, prompt, decode], flow
+
+
+def placeholder_token(captures: list[Capture], features: list[int]) -> int | None:
+    """The one token that stands in every captured prompt as often as there are features."""
+    ids = captures[0].inputs["input_ids"].unique().tolist()
+    found = [
+        token
+        for token in ids
+        if all(int((c.inputs["input_ids"] == token).sum()) == n for c, n in zip(captures, features, strict=True))
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _features(model: PreTrainedModel, output: Any, inputs: dict, constants: dict) -> list[Features]:
+    candidates = candidate_features(output)
+
+    def run(encoder_output: Any) -> dict[str, torch.Tensor]:
+        probe = _Probe(model, MODALITY, [], type(output), constants)
+        probe.encoder_output = encoder_output
+        with torch.no_grad():
+            return tensors_of(probe.called_with(inputs))
+
+    return needed_features(model, MODALITY, output, candidates, run)
+
+
+class _Probe(Merge):
+    """The merge with a whole encoder output instead of features."""
+
+    encoder_output: Any = None
+
+    def make_output(self, fields: dict[str, Any]) -> Any:
+        """The output that was given."""
+        return copy.copy(self.encoder_output)
+
+
+def _constants(model: PreTrainedModel, captures: list[Capture]) -> dict[str, Any]:
+    """The prompt's arguments that are no tensors; UnsupportedModelError where they differ."""
+    constants = {}
+    for name in {key: None for item in captures for key in item.prompt}:
+        values = [item.prompt.get(name) for item in captures]
+        if name in _STATE or any(isinstance(value, torch.Tensor) for value in values):
+            continue
+        if any(value != values[0] for value in values):
+            raise UnsupportedModelError(f"{type(model).__name__}: the prompt's {name!r} differs between runs, unexplained")
+        if values[0] is not None:
+            constants[name] = values[0]
+    return constants
+
+
+def _prompt_tensors(item: Capture, like: Capture) -> dict[str, torch.Tensor]:
+    """The tensors of a captured prompt, with the mask that generate drops when it is all ones."""
+    tensors = {name: value for name, value in item.prompt.items() if isinstance(value, torch.Tensor) and name not in _STATE}
+    if "attention_mask" in like.prompt and "attention_mask" not in tensors:
+        tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+    return {name: tensors[name] for name in like.prompt if name in tensors}
+
+
+def _prompt_sources(model: PreTrainedModel, plan: Plan, captures: list[Capture], given: list[dict]) -> dict[str, Source]:
+    sources: dict[str, Source] = {}
+    for name in given[0]:
+        if name in plan.sources:
+            sources[name] = plan.sources[name]
+        elif all(
+            name in item.inputs and torch.equal(item.inputs[name], tensors[name])
+            for item, tensors in zip(captures, given, strict=True)
+        ):
+            sources[name] = Source(kind="user", name=name)
+        else:
+            raise UnsupportedModelError(f"{type(model).__name__}: the prompt's input {name!r} has no explanation")
+    return sources
+
+
+def _prompt_component(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], template: dict, recorded: list[dict],
+    handed_through: dict[str, str], sources: dict[str, Source], sizes: dict, *, fuse: bool,
+) -> Component:  # fmt: skip
+    widths = [(layer.heads, layer.key_width, layer.value_width) for layer in plan.layers]
+    # A mask that the merge makes may look both ways; GroupQueryAttention is causal.
+    fused = fuse and can_fuse_prompt(model, plan, captures)
+    prompt_sources = {
+        path: sources[handed_through[path]] if path in handed_through else Source(kind="output", name=f"merged_{path}")
+        for path in recorded[0]
+    }
+    axes = name_axes(recorded, sizes)
+    states, sample = {}, dict(recorded[0])
+    for index, _ in enumerate(plan.layers):
+        for kind in ("key", "value"):
+            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
+            axes[f"present_{index}_{kind}"] = {0: "batch", 2: "sequence"}
+    axes["logits"] = {0: "batch"}
+    return Component(
+        name="prompt",
+        roles=("language_model", "lm_head"),
+        module=Prompt(model, template, widths, fused=fused).eval(),
+        sample=sample,
+        axes=axes,
+        sources=prompt_sources,
+        states=states,
+        fusions=fused or not fuse,
+    )
+
+
+def _decode_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
+    sample, axes, sources = text_sample(plan)
+    fused = fuse and can_fuse_step(model, plan, captures)
+    module = Decoder(model, len(plan.layers), fused=fused, constants=plan.constants).eval()
+    decode = Component(
+        name="decode",
+        roles=("merge", "language_model", "lm_head", "decode"),
+        module=module,
+        sample=sample,
+        axes=axes,
+        sources=sources,
+    )
+    return with_past(decode, plan)

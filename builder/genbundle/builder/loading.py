@@ -1,0 +1,71 @@
+"""From what the caller gives (a model, a directory, a hub id) to a model ready to export, and its processor."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from genbundle.builder.exporting import first_line, quiet
+from genbundle.bundles import BuildError, UnsupportedModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model in float32 eval mode, its processor or tokenizer where there is one, and a name for the manifest."""
+
+    model: PreTrainedModel
+    processor: Any | None
+    name: str
+
+
+def load(model: Any, processor: Any | None) -> Loaded:
+    """Load `model` (a PreTrainedModel, a directory or a hub id); BuildError for what can't be loaded or generate."""
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        name = Path(model).name if Path(model).exists() else str(model)
+        model, found = _from_pretrained(str(model))
+        processor = processor or found
+    elif isinstance(processor, str | os.PathLike):
+        processor = _load_processor(str(processor))
+    if not isinstance(model, PreTrainedModel):
+        raise BuildError(
+            f"model: expected a transformers PreTrainedModel, a directory or a hub id, got {type(model).__name__}"
+        )
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't generate: give a model with a language-modeling head (...ForCausalLM, "
+            "...ForConditionalGeneration)"
+        )
+    model = model.eval().requires_grad_(False)
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
+        # A copy would cost the model's size again; a caller's half-precision model is converted in place.
+        model = model.float()
+    return Loaded(model=model.cpu(), processor=processor, name=name)
+
+
+def _from_pretrained(source: str) -> tuple[PreTrainedModel, Any | None]:
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise BuildError(f"model: no such directory {source!r}")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise BuildError(f"model: {source!r} holds no config.json: it isn't a saved transformers model")
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source)
+            multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # pyright: ignore
+            auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+            model = auto.from_pretrained(source, config=config, dtype=torch.float32)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise BuildError(f"model: {source!r} can't be loaded: {first_line(error)}") from error
+    return model, _load_processor(source)
+
+
+def _load_processor(source: str) -> Any | None:
+    try:
+        with quiet():
+            return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a model without a tokenizer: its bundle takes token ids

@@ -1,0 +1,1 @@
+"""Graph passes: each named, tested, and returning whether it modified the model."""

@@ -1,0 +1,158 @@
+"""Sample inputs: what the capture runs on, and the held-out inputs that the finished bundle is checked on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from genbundle.builder.exporting import quiet
+from genbundle.bundles import BuildError
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """capture: what is traced from, each with a padded batch among them. held_out: name -> inputs never traced."""
+
+    capture: list[Inputs]
+    held_out: dict[str, Inputs]
+
+
+def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Inputs]:
+    """What the caller gave as samples, as tensors; BuildError for what isn't generate kwargs."""
+    if inputs is None:
+        return []
+    samples = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    result = []
+    for sample in samples:
+        if not isinstance(sample, Mapping):
+            raise BuildError(f"inputs: expected generate kwargs (a dict) or a list of them, got {type(sample).__name__}")
+        tensors = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
+        ids = tensors.get("input_ids")
+        if ids is None or ids.dim() != 2:
+            raise BuildError("inputs: expected generate kwargs with input_ids [batch, length]")
+        tensors.setdefault("attention_mask", torch.ones_like(ids))
+        result.append(tensors)
+    return result
+
+
+class SampleMaker:
+    """Makes variants of sample inputs: longer prompts, other text, other content, padded batches."""
+
+    def __init__(self, model: PreTrainedModel, seed: int = 0):
+        config = model.config.get_text_config(decoder=True)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dtype = next(model.parameters()).dtype
+        special = model.generation_config
+        banned = {special.pad_token_id, special.bos_token_id, special.decoder_start_token_id}
+        eos = special.eos_token_id
+        banned |= set(eos if isinstance(eos, list) else [eos])
+        # Config fields that name a token: placeholders of pictures, sounds, boundaries.
+        for owner in (model.config, config):
+            banned |= {
+                value
+                for name, value in owner.to_dict().items()
+                if isinstance(value, int) and name.endswith(("token_id", "token_index"))
+            }
+        self._allowed = torch.tensor([token for token in range(config.vocab_size) if token not in banned])
+
+    def text(self, length: int) -> Inputs:
+        """One sequence of random tokens, none of them special."""
+        picked = torch.randint(len(self._allowed), (1, length), generator=self._generator)
+        ids = self._allowed[picked]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def longer(self, sample: Inputs, extra: int) -> Inputs:
+        """`sample` with `extra` random tokens after it; arrays shaped like the ids repeat their last column."""
+        ids, result = sample["input_ids"], dict(sample)
+        picked = torch.randint(len(self._allowed), (ids.shape[0], extra), generator=self._generator)
+        for name, tensor in sample.items():
+            if tensor.shape == ids.shape:
+                more = self._allowed[picked] if name == "input_ids" else tensor[:, -1:].expand(-1, extra)
+                result[name] = torch.cat([tensor, more.to(tensor.dtype)], 1)
+        return result
+
+    def other_content(self, sample: Inputs) -> Inputs:
+        """`sample` with its floating-point inputs (pixels, features) replaced by noise of the same mean and spread."""
+        result = dict(sample)
+        for name, tensor in sample.items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=self._generator)
+                spread = tensor.float().std() if tensor.numel() > 1 else 1.0
+                result[name] = (noise * spread + tensor.float().mean()).to(tensor.dtype)
+        return result
+
+
+def left_padded(samples: Sequence[Inputs], pad: int) -> Inputs:
+    """Several single samples as one batch, prompts padded on the left; other inputs joined along their first axis."""
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    result: Inputs = {}
+    for name in samples[0]:
+        parts = []
+        for sample in samples:
+            tensor, missing = sample[name], longest - sample["input_ids"].shape[1]
+            if tensor.shape == sample["input_ids"].shape:
+                value = pad if name == "input_ids" else 0
+                tensor = torch.nn.functional.pad(tensor, (missing, 0), value=value)
+            parts.append(tensor)
+        result[name] = torch.cat(parts)
+    return result
+
+
+def padding_token(model: PreTrainedModel) -> int:
+    """What prompts are padded with."""
+    config = model.generation_config
+    eos = config.eos_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    return next(token for token in (config.pad_token_id, first_eos, 0) if token is not None)
+
+
+def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
+    """Samples for the capture and held-out inputs, from what the caller gave or, for a text model, from its vocabulary."""
+    maker, pad = SampleMaker(model), padding_token(model)
+    if not given:
+        capture = [left_padded([maker.text(5), maker.text(9)], pad), maker.text(6)]
+        held_out = {
+            "short prompt": maker.text(3),
+            "longer prompt": maker.text(33),
+            "padded batch": left_padded([maker.text(4), maker.text(12), maker.text(7)], pad),
+        }
+        return Samples(capture=capture, held_out=held_out)
+    first, last = given[0], given[-1]
+    other = maker.other_content(maker.longer(last, 4))
+    single = first["input_ids"].shape[0] == 1
+    capture = [left_padded([first, maker.other_content(maker.longer(first, 3))], pad) if single else first, other]
+    held_out = {
+        "as given": first,
+        "other content, longer prompt": maker.other_content(maker.longer(first, 17)),
+    }
+    if generates_from_text_alone(model) and len(first) > 2:
+        held_out["text alone"] = maker.text(11)
+    if single:
+        rows = [maker.other_content(maker.longer(sample, extra)) for sample, extra in ((last, 2), (first, 9), (first, 1))]
+        held_out["padded batch"] = left_padded(rows, pad)
+    return Samples(capture=capture, held_out=held_out)
+
+
+def generates_from_text_alone(model: PreTrainedModel) -> bool:
+    """Whether `model.generate` takes token ids and nothing else, and gives the same for them padded.
+
+    Some models mask a text differently once it is padded: no one program could replay both.
+    """
+    maker = SampleMaker(model)
+    alone = maker.text(4)
+    padded = left_padded([alone, maker.text(6)], padding_token(model))
+    try:
+        with quiet(), torch.no_grad():
+            logits = [
+                model.generate(
+                    **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+                ).logits[0][0]
+                for inputs in (alone, padded)
+            ]
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return False
+    return torch.allclose(*logits, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,16 @@
+"""One module per engine, imported when a bundle needs it."""
+
+import importlib
+
+from genbundle.bundles import Bundle, EngineError
+from genbundle.runtime.program import Backend
+
+_MODULES = {"cpu": "onnxruntime", "cuda": "onnxruntime", "xnnpack": "executorch", "torch": "torch_export"}
+
+
+def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> Backend:
+    """The engine of the bundle's backend with its programs; EngineError or MissingExtraError where it can't run."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise EngineError(f"threads must be a positive integer, got {threads!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[bundle.manifest.backend]}")
+    return module.open_backend(bundle, device=device, threads=threads)

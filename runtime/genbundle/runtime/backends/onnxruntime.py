@@ -1,0 +1,87 @@
+"""ONNX Runtime, CPU and CUDA providers: tensors stay in the engine from call to call."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from genbundle.bundles import Bundle, EngineError, MissingExtraError
+from genbundle.runtime.program import Tensor
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "OnnxRuntimeBackend":
+    """Open a `cpu` or `cuda` bundle on `device` ("cpu" or "cuda"; its own by default)."""
+    try:
+        import onnxruntime
+    except ImportError:
+        extra = "onnx-gpu" if bundle.manifest.backend == "cuda" else "onnx"
+        raise MissingExtraError(f"running a {bundle.manifest.backend!r} bundle", "onnxruntime", extra) from None
+    device = device or bundle.manifest.backend
+    if device not in _PROVIDERS:
+        raise EngineError(f"unknown device {device!r}: an ONNX bundle runs on 'cpu' or 'cuda'")
+    available = onnxruntime.get_available_providers()
+    if _PROVIDERS[device] not in available:
+        raise EngineError(
+            f"{bundle.path}: no CUDA provider here (ONNX Runtime has {', '.join(available)}): "
+            "pip install 'genbundle[onnx-gpu]' where a GPU is, or load it with device='cpu'"
+        )
+    return OnnxRuntimeBackend(onnxruntime, bundle, device, threads)
+
+
+class OnnxRuntimeBackend:
+    """A bundle's sessions, opened one by one as they are needed; they map the weights of one file."""
+
+    def __init__(self, onnxruntime: Any, bundle: Bundle, device: str, threads: int | None):
+        self._onnxruntime, self._bundle, self._threads = onnxruntime, bundle, threads
+        self.device = device
+        self._programs: dict[str, OnnxProgram] = {}
+
+    def program(self, name: str) -> "OnnxProgram":
+        """The program of that name, opened when it is first asked for."""
+        if name not in self._programs:
+            self._programs[name] = self._open(name)
+        return self._programs[name]
+
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        """An OrtValue (or a numpy array) as a numpy array; float16 and bfloat16 as they are."""
+        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+    def _open(self, name: str) -> "OnnxProgram":
+        ort, entry = self._onnxruntime, self._bundle.manifest.program(name)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+            options.inter_op_num_threads = 1
+        try:
+            session = ort.InferenceSession(
+                str(Path(self._bundle.file(entry.file))), options, providers=[_PROVIDERS[self.device]]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {entry.file}: {error}") from error
+        return OnnxProgram(ort, session, self.device)
+
+
+class OnnxProgram:
+    """One session: numpy arrays or OrtValues in, OrtValues out."""
+
+    def __init__(self, onnxruntime: Any, session: Any, device: str):
+        self._value = onnxruntime.OrtValue
+        self.session, self._device = session, device
+        self.outputs = [output.name for output in session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the program."""
+        feeds = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
+        return dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, feeds), strict=True))
+
+    def _to_engine(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, np.ndarray):
+            return tensor
+        if tensor.dtype == ml_dtypes.bfloat16:
+            return self._value.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(tensor).view(np.uint16), 16)
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device)

@@ -1,0 +1,237 @@
+"""The generation loop in layers: `steps` (token ids) under `stream` (text as it comes) and `generate` (the whole)."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from genbundle.bundles import Bundle, InputError
+from genbundle.runtime.sampling import GenerationOptions
+from genbundle.runtime.wiring import Wiring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds of one generation. `programs` is what the programs took of `prompt` and `steps` together."""
+
+    prompt: float
+    steps: float
+    programs: float
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first, per second of stepping (per sequence)."""
+        return (self.new_tokens - 1) / self.steps if self.new_tokens > 1 and self.steps else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """The loop's own seconds: feeding, sampling, decoding."""
+        return self.prompt + self.steps - self.programs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What `generate` returns.
+
+    sequences: int64 `[batch, prompt + new]`, what `PreTrainedModel.generate` returns. texts: the new tokens as text, one
+    per sequence (empty without a tokenizer). finish_reasons: "eos", "stop" or "length", one per sequence.
+    """
+
+    sequences: np.ndarray
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    timings: Timings
+
+    @property
+    def text(self) -> str:
+        """The first sequence's new text."""
+        return self.texts[0] if self.texts else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One new token per sequence: `tokens` int64 `[batch]` (pad where a sequence had ended), `logits` float32
+    `[batch, vocabulary]` that they were chosen by, and why each sequence that ended did."""
+
+    tokens: np.ndarray
+    logits: np.ndarray
+    finish_reasons: tuple[str | None, ...]
+
+
+@dataclass
+class Clock:
+    """Where the time of a generation goes."""
+
+    prompt: float = 0.0
+    steps: float = 0.0
+    programs: float = 0.0
+    new_tokens: int = 0
+
+    def timings(self, prompt_tokens: int) -> Timings:
+        """The frozen result."""
+        return Timings(
+            prompt=self.prompt,
+            steps=self.steps,
+            programs=self.programs,
+            prompt_tokens=prompt_tokens,
+            new_tokens=self.new_tokens,
+        )
+
+
+Stop = Callable[[int, int], bool]  # (row, token) -> whether the row's text has reached a stop string
+
+
+def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.ndarray]:
+    """Generation inputs as numpy arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit."""
+    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+    ids = arrays.get("input_ids")
+    if ids is None:
+        raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+        raise InputError(f"input_ids: expected integers [batch, length], got {ids.dtype} {list(ids.shape)}")
+    mask = arrays.setdefault("attention_mask", np.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
+    if not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+        raise InputError("attention_mask: expected 0 or 1, with at least one 1 in every row")
+    if not mask[:, -1].all():
+        raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
+    capacity = bundle.manifest.flow.capacity
+    if capacity is not None and ids.shape[1] >= capacity:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, or "
+            "build the bundle with a larger max_length"
+        )
+    return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+
+
+def steps(
+    wiring: Wiring,
+    inputs: dict[str, np.ndarray],
+    options: GenerationOptions,
+    *,
+    stop: Stop | None = None,
+    clock: Clock | None = None,
+    first_row: int = 0,
+) -> Iterator[Step]:
+    """Generate one token per sequence and step until every sequence ends.
+
+    inputs: as `complete_inputs` returns them. first_row: the number of the first sequence in the caller's batch, which
+    seeds are counted from. The last step's reasons are all set.
+    """
+    clock = clock or Clock()
+    ids = inputs["input_ids"]
+    batch, prompt_length = ids.shape
+    limit = options.new_tokens(prompt_length)
+    if wiring.manifest.flow.capacity is not None:
+        limit = min(limit, wiring.manifest.flow.capacity - prompt_length)
+    pad = padding_token(options)
+    samplers = [
+        options.sampler(None if options.seed is None else options.seed + first_row + row) for row in range(batch)
+    ]
+    starts = prompt_length - inputs["attention_mask"].sum(axis=1)
+    rows = np.empty((batch, prompt_length + limit), np.int64)
+    rows[:, :prompt_length] = ids
+    reasons: list[str | None] = [None] * batch
+    begun = time.perf_counter()
+    logits, sequences = wiring.prompt(inputs)
+    clock.prompt = clock.programs = time.perf_counter() - begun
+    stepping = time.perf_counter()
+    for length in range(prompt_length, prompt_length + limit):
+        tokens = np.full(batch, pad, np.int64)
+        for row in range(batch):
+            if reasons[row] is not None:
+                continue
+            scores = logits[row]
+            if length - prompt_length < options.min_new_tokens:
+                scores = without(scores, options.eos_token_ids)
+            token = tokens[row] = samplers[row](scores, rows[row, starts[row] : length])
+            if token in options.eos_token_ids:
+                reasons[row] = "eos"
+            elif stop is not None and stop(row, int(token)):
+                reasons[row] = "stop"
+            elif length + 1 == prompt_length + limit:
+                reasons[row] = "length"
+        rows[:, length] = tokens
+        clock.new_tokens += 1
+        clock.steps = time.perf_counter() - stepping
+        yield Step(tokens=tokens, logits=logits, finish_reasons=tuple(reasons))
+        if all(reasons):
+            return
+        begun = time.perf_counter()
+        logits = wiring.step(tokens[:, None], sequences)
+        clock.programs += time.perf_counter() - begun
+
+
+def padding_token(options: GenerationOptions) -> int:
+    """What an ended sequence goes on with: the pad token, else the first end token, as transformers does."""
+    return options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_ids), 0)
+
+
+def without(scores: np.ndarray, token_ids: tuple[int, ...]) -> np.ndarray:
+    """A copy of the scores with those tokens ruled out."""
+    scores = scores.copy()
+    scores[list(token_ids)] = -np.inf
+    return scores
+
+
+def single_rows(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """A batch as separate unpadded sequences, for programs that take one at a time.
+
+    Other inputs are dealt out evenly along their first axis; InputError where that isn't possible.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    rows = []
+    for row in range(len(ids)):
+        single = {"input_ids": ids[row, mask[row]][None], "attention_mask": np.ones((1, mask[row].sum()), np.int64)}
+        for name, array in inputs.items():
+            if name in single:
+                continue
+            if array.shape == ids.shape:
+                single[name] = array[row, mask[row]][None]
+            elif array.ndim and len(array) % len(ids) == 0:
+                share = len(array) // len(ids)
+                single[name] = array[row * share : (row + 1) * share]
+            else:
+                raise InputError(f"{name}: {list(array.shape)} can't be shared out evenly to {len(ids)} sequences")
+        rows.append(single)
+    return rows
+
+
+def collect(
+    wiring: Wiring, inputs: dict[str, np.ndarray], options: GenerationOptions, stop: Stop | None, clock: Clock
+) -> tuple[list[Step], np.ndarray]:
+    """Run `steps` to the end: the steps, and the new tokens `[batch, new]`.
+
+    A batch larger than the programs take runs row after row; its steps are put together afterwards.
+    """
+    most = wiring.manifest.flow.batch
+    batch = len(inputs["input_ids"])
+    if most is None or batch <= most:
+        taken = list(steps(wiring, inputs, options, stop=stop, clock=clock))
+        return taken, np.stack([step.tokens for step in taken], axis=1)
+    runs = []
+    for row, single in enumerate(single_rows(inputs)):
+        own = Clock()
+        row_stop = None if stop is None else (lambda _, token, row=row: stop(row, token))
+        runs.append(list(steps(wiring, single, options, stop=row_stop, clock=own, first_row=row)))
+        clock.prompt, clock.steps = clock.prompt + own.prompt, clock.steps + own.steps
+        clock.programs += own.programs
+        clock.new_tokens = max(clock.new_tokens, own.new_tokens)
+    taken = [_joined(runs, index, padding_token(options)) for index in range(max(map(len, runs)))]
+    return taken, np.stack([step.tokens for step in taken], axis=1)
+
+
+def _joined(runs: list[list[Step]], index: int, pad: int) -> Step:
+    """Step `index` of rows that ran one after another; a row that had ended by then goes on with padding."""
+    at = [run[min(index, len(run) - 1)] for run in runs]
+    tokens = [step.tokens[0] if index < len(run) else pad for run, step in zip(runs, at, strict=True)]
+    return Step(
+        tokens=np.array(tokens, np.int64),
+        logits=np.concatenate([step.logits for step in at]),
+        finish_reasons=tuple(step.finish_reasons[0] for step in at),
+    )

@@ -1,0 +1,91 @@
+"""Pure functions on one row of logits `[vocabulary]` float32, equal to transformers' logits processors.
+
+The order in which transformers applies them: `repetition_penalty` and `suppress` always; `temperature`, `top_k`,
+`top_p`, `min_p` only when sampling. None changes the row it is given; a filtered-out token has the logit -inf.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+# Candidates that top_p looks at first, before it takes eight times as many: the nucleus of a trained model is small.
+_FIRST_CANDIDATES = 256
+
+
+def suppress(row: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
+    """`row` with the given tokens ruled out (a minimum length does that to the end-of-sequence tokens)."""
+    row = row.copy()
+    row[[token for token in token_ids if token < len(row)]] = -np.inf
+    return row
+
+
+def repetition_penalty(row: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
+    """Divide the positive logits of tokens in `ids` by `penalty`, multiply the negative ones; each token once.
+
+    Args:
+        row: logits `[vocabulary]` float32.
+        ids: token ids `[length]` of the sequence, prompt included, padding left out. Ids beyond the vocabulary (an
+            embedding may be larger than the head) are ignored.
+        penalty: above 0; 1 changes nothing.
+    """
+    row = row.copy()
+    ids = ids[ids < len(row)]
+    seen = row[ids]
+    factor = np.float32(penalty)
+    row[ids] = np.where(seen < 0, seen * factor, seen / factor)
+    return row
+
+
+def temperature(row: np.ndarray, temperature: float) -> np.ndarray:
+    """Divide the logits by `temperature`, above 0: below 1 sharpens the distribution, above 1 flattens it."""
+    return row / np.float32(temperature)
+
+
+def top_k(row: np.ndarray, k: int) -> np.ndarray:
+    """Keep the `k` largest logits and all that tie with the smallest of them."""
+    if k >= len(row):
+        return row.copy()
+    smallest = np.partition(row, len(row) - k)[len(row) - k]
+    return np.where(row < smallest, np.float32(-np.inf), row)
+
+
+def top_p(row: np.ndarray, p: float) -> np.ndarray:
+    """Keep the fewest most probable tokens whose probabilities add up to `p`, at least one.
+
+    Of tokens with equal logits on the border, the ones with the higher ids stay; how many is what transformers gives,
+    which ones isn't defined there (it sorts unstably). transformers decides by a cumulative sum in float32: where that
+    lies within rounding of the border, the two may differ by the token on it.
+    """
+    if p >= 1:
+        return row.copy()
+    # top_k may have left a handful: only those count, and partitioning the many that tie at -inf would be slow.
+    left = np.flatnonzero(row > -np.inf)
+    kept = left[_nucleus(row[left] if len(left) < len(row) else row, p)] if len(left) else left
+    result = np.full_like(row, -np.inf)
+    result[kept] = row[kept]
+    return result
+
+
+def min_p(row: np.ndarray, p: float) -> np.ndarray:
+    """Keep the tokens at least `p` times as probable as the most probable one."""
+    if p <= 0:
+        return row.copy()
+    # exp(logit - largest) is the ratio of the two probabilities: the softmax's sum cancels out.
+    border = row.max() + np.float32(np.log(p))
+    return np.where(row < border, np.float32(-np.inf), row)
+
+
+def _nucleus(row: np.ndarray, p: float) -> np.ndarray:
+    """The places in `row` (finite logits) that `top_p` keeps, found by partitioning instead of sorting everything."""
+    weights = np.exp(row - row.max())
+    border = p * weights.sum(dtype=np.float64)
+    candidates, count = np.arange(len(row)), _FIRST_CANDIDATES
+    while count < len(row):
+        likely = np.flatnonzero(row >= np.partition(row, -count)[-count])
+        if weights[likely].sum(dtype=np.float64) > border:
+            candidates = likely
+            break
+        count *= 8
+    descending = candidates[np.argsort(row[candidates], kind="stable")[::-1]]
+    above = np.cumsum(weights[descending], dtype=np.float64) - weights[descending]
+    return descending[: max(1, np.count_nonzero(above < border))]

@@ -1,0 +1,190 @@
+"""Feeds every program from generation inputs, earlier programs, position rules and state, as the manifest says."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from genbundle.bundles import InputError, Manifest
+from genbundle.bundles.dtypes import numpy_dtype
+from genbundle.bundles.manifest import Input, Route, Source
+from genbundle.bundles.manifest import Program as ProgramEntry
+from genbundle.runtime.positions import POSITION_INPUTS, position_ids
+from genbundle.runtime.preparers import PREPARERS
+from genbundle.runtime.program import Backend, Tensor
+from genbundle.runtime.state import State
+
+TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass
+class Sequences:
+    """Several sequences on their way: state, padding mask `[batch, length]`, and the last position ids per rule."""
+
+    state: State
+    mask: np.ndarray
+    positions: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Wiring:
+    """Calls a bundle's programs in the manifest's order."""
+
+    def __init__(self, manifest: Manifest, backend: Backend):
+        self.manifest, self.backend = manifest, backend
+        self._entries = {program.name: program for program in manifest.programs}
+        self._states = {
+            program.name: {output.name: output.state for output in program.outputs if output.state is not None}
+            for program in manifest.programs
+        }
+        self.user_inputs = self._known_inputs()
+
+    def prompt(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, Sequences]:
+        """Run the prompt's programs: logits `[batch, vocabulary]` of the last position, and the sequences to go on.
+
+        inputs: `input_ids` and `attention_mask` `[batch, length]`, and the model's own inputs. Raises InputError for
+        inputs that no route takes, of another shape than the programs', or whose placeholders don't match.
+        """
+        ids = inputs["input_ids"]
+        route = self._route(inputs)
+        state = State(self.manifest.state, len(ids))
+        sequences = Sequences(state=state, mask=inputs["attention_mask"].astype(np.int64))
+        call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
+        return call.run(route.programs), sequences
+
+    def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
+        """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
+        ones = np.ones(tokens.shape, sequences.mask.dtype)
+        sequences.mask = np.concatenate([sequences.mask, ones], axis=1)
+        return _Call(self, {}, sequences, tokens, first=False).run(self.manifest.flow.step)
+
+    def entry(self, name: str) -> ProgramEntry:
+        """The manifest's entry of a program."""
+        return self._entries[name]
+
+    def state_outputs(self, name: str) -> Mapping[str, str]:
+        """A program's outputs that replace state, with the state entry's name."""
+        return self._states[name]
+
+    def _route(self, inputs: Mapping[str, np.ndarray]) -> Route:
+        given = {name for name in inputs if name not in TEXT_INPUTS}
+        unknown = given - self.user_inputs.keys()
+        if unknown:
+            accepted = ", ".join([*TEXT_INPUTS, *self.user_inputs])
+            raise InputError(f"this bundle takes no input {sorted(unknown)[0]!r}; it takes {accepted}")
+        routes = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
+        if not routes:
+            needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
+            raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")
+        return max(routes, key=lambda route: len(route.needs))
+
+    def _known_inputs(self) -> dict[str, None]:
+        names: dict[str, None] = {}
+        for program in self.manifest.programs:
+            for item in program.inputs:
+                if item.source.kind == "user" and item.source.name not in TEXT_INPUTS:
+                    names[item.source.name or ""] = None
+                names.update(dict.fromkeys(POSITION_INPUTS.get(item.source.rule or "", ())))
+                if item.source.kind == "prepared":
+                    names.update(dict.fromkeys(item.source.options.get("inputs", ())))
+        return names
+
+
+class _Call:
+    """One pass through the programs of a prompt or a step."""
+
+    def __init__(
+        self, wiring: Wiring, inputs: dict[str, np.ndarray], sequences: Sequences, tokens: np.ndarray, *, first: bool
+    ):
+        self.wiring, self.inputs, self.sequences, self.tokens, self.first = wiring, inputs, sequences, tokens, first
+        self.values: dict[str, Tensor] = {}
+        self.positions: dict[str, np.ndarray] = {}
+        self.prepared: dict[str, dict[str, np.ndarray]] = {}
+
+    def run(self, names: Iterable[str]) -> np.ndarray:
+        """Run the programs; the logits of the last position, `[batch, vocabulary]`."""
+        backend, state = self.wiring.backend, self.sequences.state
+        for name in names:
+            entry = self.wiring.entry(name)
+            feeds = {item.name: self.value(item, name) for item in entry.inputs}
+            outputs = backend.program(name)(feeds)
+            self.values.update(outputs)
+            if "encoder" in entry.roles:
+                self._check_placeholders(entry, outputs)
+            replaced = self.wiring.state_outputs(name)
+            if replaced:
+                state.update(outputs, replaced, 0)
+        state.length += self.tokens.shape[1]
+        self.sequences.positions.update({rule: ids[..., -1:] for rule, ids in self.positions.items()})
+        logits = backend.to_numpy(self.values["logits"])
+        return logits[:, -1] if logits.ndim == 3 else logits
+
+    def value(self, item: Input, program: str) -> Tensor:
+        """The value of one program input."""
+        source = item.source
+        if source.kind == "tokens":
+            return self.tokens
+        if source.kind == "mask":
+            return self.sequences.mask
+        if source.kind == "position":
+            return self._positions(source)
+        if source.kind == "start":
+            return np.array([self.sequences.state.length], np.int64)
+        if source.kind == "state":
+            return self.sequences.state.tensors[source.name or ""]
+        if source.kind == "output":
+            return self.values[source.name or ""]
+        if source.kind == "prepared":
+            return self._prepare(source)[source.name or ""].astype(numpy_dtype(item.dtype))
+        if source.kind == "constant":
+            return np.full(item.shape, source.value, numpy_dtype(item.dtype))
+        return self._user(item, program)
+
+    def _user(self, item: Input, program: str) -> np.ndarray:
+        array = self.inputs.get(item.source.name or "")
+        if array is None:
+            raise InputError(f"the prompt's {program!r} needs the input {item.source.name!r}, which was not given")
+        dtype = numpy_dtype(item.dtype)
+        fits = array.ndim == len(item.shape) and all(
+            isinstance(size, str) or size == got for size, got in zip(item.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(f"{item.source.name}: expected shape {list(item.shape)}, got {list(array.shape)}")
+        return np.ascontiguousarray(array, dtype)
+
+    def _positions(self, source: Source) -> np.ndarray:
+        rule = source.rule or ""
+        if rule not in self.positions:
+            if self.first:
+                try:
+                    self.positions[rule] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
+                except (KeyError, ValueError, StopIteration, RuntimeError) as error:
+                    raise InputError(f"position ids can't be computed from these inputs: {error!r}") from error
+            else:
+                last = self.sequences.positions[rule]
+                self.positions[rule] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
+        return self.positions[rule]
+
+    def _prepare(self, source: Source) -> dict[str, np.ndarray]:
+        rule = source.rule or ""
+        if rule not in self.prepared:
+            missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
+            if missing:
+                raise InputError(f"the prompt needs the input {missing[0]!r}, which was not given")
+            self.prepared[rule] = PREPARERS[rule](self.inputs, source.options)
+        return self.prepared[rule]
+
+    def _check_placeholders(self, entry: ProgramEntry, outputs: Mapping[str, Any]) -> None:
+        """Refuse a prompt whose placeholder tokens aren't as many as the features that take their place."""
+        images = self.wiring.manifest.images
+        if images is None or images.token_id is None or entry.modality != "image":
+            return
+        features = self.wiring.backend.to_numpy(outputs[entry.outputs[0].name])
+        found, placeholders = features.size // features.shape[-1], int((self.inputs["input_ids"] == images.token_id).sum())
+        if found != placeholders:
+            per_image = images.tokens_per_image
+            detail = f" ({placeholders / per_image:g} pictures' worth, {found / per_image:g} given)" if per_image else ""
+            raise InputError(
+                f"the prompt holds {placeholders} image tokens, the pictures give {found} features{detail}: "
+                "one placeholder is needed for each picture"
+            )
