@@ -17,7 +17,7 @@ from genbundle.builder.plan import Capture, capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.programs import decoder_component, text_flow
 from genbundle.builder.progress import show_progress
-from genbundle.builder.samples import Samples, as_inputs, generates_from_text_alone, make_samples
+from genbundle.builder.samples import Samples, as_inputs, from_processor, generates_from_text_alone, make_samples
 from genbundle.builder.verify import GOLDEN_LOGITS, record
 from genbundle.bundles import BuildError, Bundle
 from genbundle.bundles.golden import GOLDEN_NAME, write_golden
@@ -84,7 +84,7 @@ def build_bundle(
         loaded = load(model, processor)
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
         with new_bundle(target, overwrite=overwrite) as writer:
-            samples = make_samples(loaded.model, given)
+            samples = make_samples(loaded.model, given or from_processor(loaded.model, loaded.processor))
             manifest = _export(loaded, samples, settings, writer.path, announce)
             if settings.verify:
                 announce("verify")

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.exporting import quiet
+from genbundle.builder.exporting import first_line, quiet
 from genbundle.bundles import BuildError
 
 Inputs = dict[str, torch.Tensor]
@@ -110,6 +112,39 @@ def padding_token(model: PreTrainedModel) -> int:
     return next(token for token in (config.pad_token_id, first_eos, 0) if token is not None)
 
 
+def from_processor(model: PreTrainedModel, processor: Any) -> list[Inputs]:
+    """Samples that an image-text model's own processor makes of noise pictures of two sizes, and two questions.
+
+    Empty for a model that takes no pictures. BuildError when the processor can't be used so: give `inputs` then.
+    """
+    if "image" not in model.input_modalities:
+        return []
+    if getattr(processor, "image_processor", None) is None:
+        raise BuildError(f"{type(model).__name__} takes pictures: give inputs (generate kwargs), or its processor")
+    noise = np.random.default_rng(0)
+    samples = []
+    for height, width, question in ((160, 224, "What is in the picture?"), (256, 192, "Describe it, please.")):
+        picture = PIL.Image.fromarray(noise.integers(0, 255, (height, width, 3), np.uint8))
+        try:
+            with quiet():
+                encoded = processor(text=_question(processor, question), images=[picture], return_tensors="pt")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+            raise BuildError(
+                f"inputs: {type(processor).__name__} makes none of a picture and a question ({first_line(error)}); give "
+                "generate kwargs"
+            ) from error
+        samples.append({name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)})
+    return samples
+
+
+def _question(processor: Any, question: str) -> str:
+    """A prompt with one picture, as the model's chat template puts it, else the picture's token and the question."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"{getattr(processor, 'image_token', '<image>')}{question}"
+
+
 def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     """Samples for the capture and held-out inputs, from what the caller gave or, for a text model, from its vocabulary."""
     maker, pad = SampleMaker(model), padding_token(model)
@@ -131,10 +166,36 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     }
     if generates_from_text_alone(model) and len(first) > 2:
         held_out["text alone"] = maker.text(11)
+    both = _one_after_another(first, last)
+    if both is not None and _generates(model, both):
+        held_out["two pictures"] = both
     if single:
         rows = [maker.other_content(maker.longer(sample, extra)) for sample, extra in ((last, 2), (first, 9), (first, 1))]
         held_out["padded batch"] = left_padded(rows, pad)
     return Samples(capture=capture, held_out=held_out)
+
+
+def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
+    """Two samples' prompts as one prompt with the content of both; None where they have none or don't fit."""
+    if len(first) < 3 or first["input_ids"].shape[0] != 1:
+        return None
+    joined: Inputs = {}
+    for name, tensor in first.items():
+        axis = 1 if tensor.shape == first["input_ids"].shape else 0
+        if tensor.shape[axis + 1 :] != second[name].shape[axis + 1 :]:
+            return None
+        joined[name] = torch.cat([tensor, second[name]], axis)
+    return joined
+
+
+def _generates(model: PreTrainedModel, inputs: Inputs) -> bool:
+    """Whether eager generation takes these inputs."""
+    try:
+        with quiet(), torch.no_grad():
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return False
+    return True
 
 
 def generates_from_text_alone(model: PreTrainedModel) -> bool:

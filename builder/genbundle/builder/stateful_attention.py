@@ -5,7 +5,6 @@ The model's own code runs unchanged. It meets three things of ours: a `Cache` wh
 takes ExecuTorch's fused operator where it can and plain mathematics where it must.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genbundle.bundles import UnsupportedModelError
 
-IMPLEMENTATION = "genbundle_stateful"
-"""The name our functions are registered under while `stateful_attention` is open."""
+IMPLEMENTATION, FLASH_IMPLEMENTATION = "genbundle_stateful", "genbundle_flash_stateful"
+"""The names our functions are registered under while `stateful_attention` is open."""
 
 _WITHOUT_EFFECT = frozenset(
     {"cache_position", "layer_idx", "logits_to_keep", "output_attentions", "output_hidden_states", "past_key_values",
@@ -191,40 +190,43 @@ def _layer(module: torch.nn.Module) -> Any:
 
 @contextmanager
 def stateful_attention(
-    decoder: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., torch.Tensor | None]
+    model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any], *, flash: bool = False
 ) -> Iterator[None]:
-    """Send the attention and the masks of `decoder` to the two functions; everything is as before on leaving.
+    """Send the attention and the masks of `model` to the two functions; everything is as before on leaving.
+
+    flash: under a name that models take for a flash attention, which gets packed sequences undivided.
 
     Raises UnsupportedModelError when the model's attention can't be replaced.
     """
-    before = decoder.config._attn_implementation
+    before, name = model.config._attn_implementation, FLASH_IMPLEMENTATION if flash else IMPLEMENTATION
     registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
     for registry, function in zip(registries, (attention, mask), strict=True):
-        # The registries take functions and refuse other callables where they inspect them.
-        registry.register(IMPLEMENTATION, functools.wraps(function)(lambda *a, _f=function, **k: _f(*a, **k)))
+        registry.register(name, function)
     try:
-        with _quiet_transformers():
-            decoder.set_attn_implementation(IMPLEMENTATION)
-        if decoder.config._attn_implementation != IMPLEMENTATION:
+        _set_attention(model, name)
+        if model.config._attn_implementation != name:
             raise UnsupportedModelError(
-                f"language_model: the attention of {type(decoder).__name__} can't be replaced (it does not go through "
+                f"language_model: the attention of {type(model).__name__} can't be replaced (it does not go through "
                 "transformers' AttentionInterface), which the xnnpack backend needs: build for another backend, for "
                 "instance cpu"
             )
         yield
     finally:
-        with _quiet_transformers():
-            decoder.set_attn_implementation(before)
+        _set_attention(model, before)
         for registry in registries:
-            registry._global_mapping.pop(IMPLEMENTATION, None)
+            registry._global_mapping.pop(name, None)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    if FLASH_IMPLEMENTATION in (name, model.config._attn_implementation):
+        # set_attn_implementation would look for a kernel library of that name.
+        model.config._attn_implementation = name
+        return
+    # It warns where it can't, which the caller finds out itself.
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        model.set_attn_implementation(name)
     finally:
         logger.setLevel(level)

@@ -1,43 +1,146 @@
-"""The image encoder as the ExecuTorch runtimes call it: positional inputs, one picture at a time, one output or two."""
+"""The image encoder as the ExecuTorch runtimes call it: positional inputs, one picture (or frame) at a time.
+
+Two kinds. Pictures of one size, `[pictures, C, H, W]`: one row per call. Packed patches, `[patches, ...]` with offsets
+`cu_seqlens` between frames: the rows of one frame per call, which attend to one another and to no others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component
+from genbundle.builder.encoders import candidate_features, encoder_component
+from genbundle.builder.image_text import placeholder_token
+from genbundle.builder.plan import Capture
+from genbundle.builder.stateful_attention import stateful_attention
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Input
+from genbundle.bundles.manifest import Input, Source
+
+_OFFSETS = "cu_seqlens"
+_MOST_BLOCKS = 1024
+"""The most features that one frame may give: ExecuTorch reserves memory for that many."""
+
+
+_FEATURES = ("pooler_output", "deepstack_features")
+"""The fields of `get_image_features`' output that models read: the features, and those of deeper levels."""
+
+
+def picture_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component, int]:
+    """The image encoder of the captured generations, and the token in whose places its features go.
+
+    Raises UnsupportedModelError where the encoder can't be cut out, or no one token stands once for each feature.
+    """
+    outputs = [item.prompt["mm_encoder_outputs"].get("image") for item in captures]
+    if any(output is None for output in outputs):
+        raise UnsupportedModelError("image_encoder: generate gave no image features for one of the inputs")
+    features = [item for item in candidate_features(outputs[0]) if item.path[0] in _FEATURES]
+    if not features or features[0].path != ("pooler_output",):
+        raise UnsupportedModelError("image_encoder: get_image_features gave no pooler_output to take features from")
+    counts = [features[0].read(output).flatten(0, -2).shape[0] for output in outputs]
+    placeholder = placeholder_token(captures, counts)
+    if placeholder is None:
+        raise UnsupportedModelError(
+            f"merge: no token stands {counts} times in the prompts, once for each image feature"
+        )
+    return encoder_component(model, "image", captures, features), placeholder
 
 
 class PictureEncoder(torch.nn.Module):
-    """An encoder component for one picture: `pixel_values [1, C, H, W] -> features [1, N, D]`.
+    """An encoder component for one picture: `(pixel_values [1, C, H, W]) -> features [1, N, D]`.
 
-    Where the model also takes features of deeper levels, they are a second output `[levels, N, D]`.
+    For packed patches the inputs are those with a row per patch. Where the model also takes features of deeper levels,
+    they are a second output `[levels, N, D]`.
     """
 
     def __init__(self, component: Component):
         super().__init__()
-        self.module, self.names = component.module, tuple(component.sample)
+        self.module, self.component = component.module, component
+        self.packed = _OFFSETS in component.sample
+        self.names = tuple(name for name, tensor in component.sample.items() if self._per_row(tensor))
+        self._check()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The features of one picture."""
-        outputs = self.module(**dict(zip(self.names, inputs, strict=True)))
+        kwargs: dict[str, Any] = dict(zip(self.names, inputs, strict=True))
+        if self.packed:
+            rows = inputs[0].shape[0]
+            # The grid itself steers nothing once what follows from it is given, but the towers ask for it.
+            kwargs |= {
+                name: self.component.sample[name][:1] for name in self.component.sample if name not in self.names
+            }
+            kwargs[_OFFSETS] = torch.cat([torch.zeros(1), torch.full((1,), rows)]).to(torch.int32)
+            kwargs["max_seqlen"] = rows
+        outputs = self.module(**kwargs)
         features, *levels = (output.reshape(-1, output.shape[-1]) for output in outputs.values())
         return (features[None], torch.stack(levels)) if levels else features[None]
 
+    def picture(self) -> tuple[torch.Tensor, ...]:
+        """The first picture of the sample."""
+        rows = int(self.component.sample[_OFFSETS][1]) if self.packed else 1
+        return tuple(self.component.sample[name][:rows] for name in self.names)
 
-def one_picture(component: Component) -> tuple[torch.Tensor, ...]:
-    """The first picture of the component's sample; UnsupportedModelError for inputs that aren't one row per picture."""
-    for name, tensor in component.sample.items():
-        if not tensor.is_floating_point() or tensor.dim() != 4:
-            raise UnsupportedModelError(
-                f"{component.name}: its input {name!r} of shape {list(tensor.shape)} isn't pictures of one size, which "
-                "the xnnpack backend needs: build for another backend, for instance cpu"
+    def dynamic_shapes(self, features: int) -> Any:
+        """torch.export's description of the inputs: None for pictures of one size. `features` come from the sample."""
+        if not self.packed:
+            return None
+        unit = int(self.component.sample[_OFFSETS][-1]) // features
+        blocks = torch.export.Dim("blocks", min=1, max=_MOST_BLOCKS)
+        return (tuple({0: unit * blocks} for _ in self.names),)
+
+    def inputs(self) -> tuple[Input, ...]:
+        """The manifest's inputs; the option `pieces` says how the engine divides them between calls."""
+        found = []
+        for name, tensor in self.component.sample.items():
+            if name not in (*self.names, _OFFSETS):
+                continue
+            pieces = "offsets" if name == _OFFSETS else _OFFSETS if self.packed else "each"
+            rows = "offsets" if name == _OFFSETS else "patches" if self.packed else "pictures"
+            given = self.component.sources[name]
+            source = Source(
+                kind=given.kind, name=given.name, rule=given.rule, options={**given.options, "pieces": pieces}
             )
-    return tuple(tensor[:1] for tensor in component.sample.values())
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            found.append(Input(name=name, dtype=dtype, shape=(rows, *tensor.shape[1:]), source=source))
+        return tuple(found)
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """While open, the tower's attention takes all rows of a call as one frame."""
+        tower = next((part for part in self.module.modules() if isinstance(part, PreTrainedModel)), None)
+        with _one_frame(tower) if self.packed and tower is not None else nullcontext():
+            yield
+
+    def _per_row(self, tensor: torch.Tensor) -> bool:
+        rows = (
+            int(self.component.sample[_OFFSETS][-1])
+            if self.packed
+            else next(iter(self.component.sample.values())).shape[0]
+        )
+        return tensor.shape[0] == rows and (self.packed or tensor.dim() == 4)
+
+    def _check(self) -> None:
+        for name, tensor in self.component.sample.items():
+            # What the patch grid steers in Python has become the packed inputs.
+            if name not in self.names and not self.packed:
+                raise UnsupportedModelError(
+                    f"{self.component.name}: its input {name!r} of shape {list(tensor.shape)} has no row per picture, "
+                    "which the xnnpack backend needs: build for another backend, for instance cpu"
+                )
 
 
-def picture_inputs(component: Component) -> tuple[Input, ...]:
-    """The manifest's inputs: any number of pictures, of which the engine gives the method one at a time."""
-    return tuple(
-        Input(name=name, dtype="float32", shape=("pictures", *tensor.shape[1:]), source=component.sources[name])
-        for name, tensor in component.sample.items()
-    )
+@contextmanager
+def _one_frame(tower: PreTrainedModel) -> Iterator[None]:
+    """Attention of all rows to all rows; towers hand packed rows to attention undivided where it is a flash one."""
+
+    def attention(
+        _module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
+        scaling: float | None = None, **__: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
+        return torch.ops.llama.custom_sdpa(query, key, value, 0, None, 0.0, False, scaling), None
+
+    with stateful_attention(tower, attention, lambda **_: None, flash=True):
+        yield

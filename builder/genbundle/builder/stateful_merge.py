@@ -24,7 +24,7 @@ _UNDERSTOOD = {"inputs_embeds", "position_ids", "attention_mask", "past_key_valu
 
 @dataclass(kw_only=True)
 class Seen:
-    """One prompt's call of the decoder: its keyword arguments, and each layer's boolean mask, or whether it is causal."""
+    """One prompt's call of the decoder: its keyword arguments, and each layer's mask or, without one, if it is causal."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     masks: list[torch.Tensor | bool] = field(default_factory=list)
@@ -44,7 +44,9 @@ def watch_prompt(model: PreTrainedModel, inputs: Inputs) -> Seen:
     def attention(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         # As scaled_dot_product_attention does: without a mask, the module's own flag says whether it is causal.
         causal = kwargs.get("is_causal")
-        seen.masks.append((causal if causal is not None else getattr(module, "is_causal", True)) if mask is None else mask)
+        seen.masks.append(
+            (causal if causal is not None else getattr(module, "is_causal", True)) if mask is None else mask
+        )
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def before(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -92,6 +94,18 @@ def probe_call(model: PreTrainedModel, inputs: Inputs) -> tuple[DecoderCall, See
         deepstack=len(deepstack) if deepstack is not None else 0,
     )
     return call, seen
+
+
+def text_alone(model: PreTrainedModel, inputs: Inputs, placeholder: int, call: DecoderCall) -> DecoderCall | None:
+    """How the decoder is called for a prompt of text alone; None where it isn't, or not as `call` allows."""
+    ids = inputs["input_ids"][-1][_mask_of(inputs)[-1]]
+    ids = ids[ids != placeholder][None]
+    try:
+        text, _ = probe_call(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    except UnsupportedModelError:
+        return None
+    same = text.position_offset == call.position_offset and text.position_axes in (0, call.position_axes)
+    return text if same and not (text.both_ways and not call.both_ways) else None
 
 
 class Scatter(torch.nn.Module):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component
 from genbundle.builder.exporting import quiet
 from genbundle.builder.formats import Exported
+from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder
-from genbundle.builder.stateful_encoder import PictureEncoder, one_picture, picture_inputs
-from genbundle.builder.stateful_merge import Scatter, TokenEmbedding, check_scatter, probe_call
+from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
+from genbundle.builder.stateful_merge import Scatter, TokenEmbedding, check_scatter, probe_call, text_alone
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
 
@@ -41,28 +41,13 @@ class Method:
     fold_constants: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pictures:
-    """What an image-text model needs besides its decoder.
-
-    inputs: generate kwargs of one capture. encoder: its image encoder, whose sample is that capture's pictures.
-    placeholder: the token in whose places features go. positions: the source of explicit position ids, where the
-    decoder takes them. text_alone: the model also generates without pictures.
-    """
-
-    inputs: Mapping[str, torch.Tensor]
-    encoder: Component
-    placeholder: int
-    positions: Source | None = None
-    text_alone: bool = True
-
-
 def export_executorch(
     model: PreTrainedModel,
     *,
     max_length: int,
     eos_token_ids: Sequence[int] = (),
-    pictures: Pictures | None = None,
+    captures: Sequence[Capture] = (),
+    positions: Source | None = None,
     path: Path,
 ) -> Exported:
     """Write `model` as one .pte to `path` and say what is in it.
@@ -71,7 +56,8 @@ def export_executorch(
         model: a loaded generative model, float32, in eval mode; unchanged afterwards.
         max_length: the most tokens (prompt and generated) that the state holds; the file reserves memory for them.
         eos_token_ids: where ExecuTorch's own runners stop.
-        pictures: for an image-text model, what it needs besides its decoder.
+        captures: generations of the model, with pictures for an image-text model.
+        positions: the source of explicit position ids (M-RoPE), where the model's decoder takes them.
         path: the file to write.
 
     Raises:
@@ -79,7 +65,10 @@ def export_executorch(
         MissingExtraError: ExecuTorch isn't installed.
     """
     with quiet():
-        exported, methods = (_text if pictures is None else _image_text)(model, max_length, pictures)
+        if any("mm_encoder_outputs" in item.prompt for item in captures):
+            exported, methods = _image_text(model, max_length, list(captures), positions)
+        else:
+            exported, methods = _text(model, max_length)
         lower(methods, runner_constants(max_length, eos_token_ids), path)
     return exported
 
@@ -112,7 +101,13 @@ def lower(methods: Mapping[str, Method], constants: Mapping[str, Any], path: Pat
         lower_methods(methods, constants, path)
 
 
-def _text(model: PreTrainedModel, max_length: int, _: None) -> tuple[Exported, dict[str, Method]]:
+def _text(model: PreTrainedModel, max_length: int) -> tuple[Exported, dict[str, Method]]:
+    call, _ = probe_call(model, {"input_ids": torch.zeros(1, 3, dtype=torch.long) + _some_token(model)})
+    if call != DecoderCall():
+        raise UnsupportedModelError(
+            "language_model: generate calls it with more than tokens, or a prompt's tokens attend to later ones, which "
+            "the xnnpack backend can't do for text alone: build for another backend, for instance cpu"
+        )
     decoder = StatefulDecoder(model, capacity=max_length)
     sequence = torch.export.Dim("sequence", min=1, max=max_length)
     forward = Method(
@@ -126,19 +121,20 @@ def _text(model: PreTrainedModel, max_length: int, _: None) -> tuple[Exported, d
     return Exported(programs=(program,), flow=flow, notes=_notes(model)), {"forward": forward}
 
 
-def _image_text(model: PreTrainedModel, max_length: int, pictures: Pictures) -> tuple[Exported, dict[str, Method]]:
-    call, seen = probe_call(model, pictures.inputs)
-    if not call.embeds or (call.position_axes and pictures.positions is None):
+def _image_text(
+    model: PreTrainedModel, max_length: int, captures: list[Capture], positions: Source | None
+) -> tuple[Exported, dict[str, Method]]:
+    call, seen = probe_call(model, captures[0].inputs)
+    if not call.embeds or (call.position_axes and positions is None):
         what = "position_ids have no rule" if call.embeds else "input is tokens although pictures were given"
         raise UnsupportedModelError(f"language_model: its {what}: build for another backend, for instance cpu")
-    decoder = StatefulDecoder(model, capacity=max_length, call=call)
+    component, placeholder = picture_component(model, captures)
+    decoder, encoder = StatefulDecoder(model, capacity=max_length, call=call), PictureEncoder(component)
     embedding = TokenEmbedding(model, call.deepstack)
-    scatter, encoder = Scatter(embedding, pictures.placeholder), PictureEncoder(pictures.encoder)
-    picture = one_picture(pictures.encoder)
+    scatter = Scatter(embedding, placeholder)
     with torch.no_grad():
-        found = [part.reshape(-1, part.shape[-1]) for part in pictures.encoder.module(**pictures.encoder.sample).values()]
-        check_scatter(scatter, pictures.inputs, found, seen)
-        per_picture = found[0].shape[0] * picture[0].shape[0] // next(iter(pictures.encoder.sample.values())).shape[0]
+        found = [part.reshape(-1, part.shape[-1]) for part in component.module(**component.sample).values()]
+        check_scatter(scatter, captures[0].inputs, found, seen)
     width = found[0].shape[1]
     sequence = torch.export.Dim("sequence", min=1, max=max_length)
     features = torch.export.Dim("features", min=1, max=max_length)
@@ -150,7 +146,12 @@ def _image_text(model: PreTrainedModel, max_length: int, pictures: Pictures) -> 
     levels = [(torch.zeros(call.deepstack, 2, width), {1: features})] if call.deepstack else []
     merge_shapes = ({1: sequence}, {1: features}, *([tuple(shape for _, shape in levels)] if levels else []))
     methods = {
-        "vision_encoder": Method(module=encoder, args=picture, fold_constants=True),
+        "vision_encoder": Method(
+            module=encoder,
+            args=encoder.picture(),
+            dynamic_shapes=encoder.dynamic_shapes(len(found[0])),
+            fold_constants=not encoder.packed,
+        ),
         "token_embedding": Method(module=embedding, args=(tokens,), dynamic_shapes=({1: sequence},)),
         "merge": Method(
             module=scatter,
@@ -163,25 +164,28 @@ def _image_text(model: PreTrainedModel, max_length: int, pictures: Pictures) -> 
             dynamic_shapes=decode_shapes,
         ),
     }
-    programs, flow = _image_text_programs(decoder, pictures, call, width, per_picture)
+    text = text_alone(model, captures[0].inputs, placeholder, call)
+    programs, flow = _image_text_programs(decoder, encoder, positions, width, text)
     return Exported(programs=programs, flow=flow, notes=_notes(model)), methods
 
 
 def _image_text_programs(
-    decoder: StatefulDecoder, pictures: Pictures, call: DecoderCall, width: int, per_picture: int
+    decoder: StatefulDecoder, encoder: PictureEncoder, positions: Source | None, width: int, text: DecoderCall | None
 ) -> tuple[tuple[Program, ...], Flow]:
+    """The manifest's programs and flow; `text` is how the decoder is called for a prompt without pictures."""
+    call, component = decoder.call, encoder.component
     features = Output(name="image_features", dtype="float32", shape=(1, "features", width))
     embeds = Output(name="inputs_embeds", dtype="float32", shape=(1, "sequence", width))
     levels = Output(name="image_levels", dtype="float32", shape=(call.deepstack, "features", width))
     dense = Output(name="deepstack", dtype="float32", shape=(call.deepstack, 1, "sequence", width))
     deep = call.deepstack > 0
-    encoder = Program(
-        name=pictures.encoder.name,
+    encode = Program(
+        name=component.name,
         file=PROGRAM_FILE,
         method="vision_encoder",
         modality="image",
-        roles=pictures.encoder.roles,
-        inputs=picture_inputs(pictures.encoder),
+        roles=component.roles,
+        inputs=encoder.inputs(),
         outputs=(features, levels) if deep else (features,),
     )
     merged = (embeds, dense) if deep else (embeds,)
@@ -192,33 +196,34 @@ def _image_text_programs(
         "prompt",
         "text_decoder",
         ("language_model", "lm_head"),
-        _decoder_inputs(embeds, dense, pictures, call, 1),
+        _decoder_inputs(embeds, dense, positions, call, 1),
         (_logits(decoder),),
     )
     decode = _program(
         "decode",
         "text_decoder",
         ("language_model", "lm_head", "decode"),
-        _decoder_inputs(embeds, dense, pictures, call, 0),
+        _decoder_inputs(embeds, dense, positions, call, 0),
         (_logits(decoder),),
     )
-    needs = {source.name for source in pictures.encoder.sources.values() if source.kind == "user"}
-    needs |= {name for source in pictures.encoder.sources.values() for name in source.options.get("inputs", ())}
-    picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
-    alone = (Route(programs=("token_embedding", "decode")),) if pictures.text_alone else ()
+    needs = {source.name for source in component.sources.values() if source.kind == "user"}
+    needs |= {name for source in component.sources.values() for name in source.options.get("inputs", ())}
+    routes = [Route(programs=(encode.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))]
+    if text is not None:
+        routes.append(Route(programs=("token_embedding", "prompt" if text.both_ways else "decode")))
     flow = Flow(
-        prompt=(picture, *alone), step=("token_embedding", "decode"), batch=1, continues=True, capacity=decoder.capacity
+        prompt=tuple(routes), step=("token_embedding", "decode"), batch=1, continues=True, capacity=decoder.capacity
     )
-    return (encoder, merge, embedding, prompt, decode), flow
+    return (encode, merge, embedding, prompt, decode), flow
 
 
 def _decoder_inputs(
-    embeds: Output, dense: Output, pictures: Pictures, call: DecoderCall, both_ways: int
+    embeds: Output, dense: Output, positions: Source | None, call: DecoderCall, both_ways: int
 ) -> tuple[Input, ...]:
     inputs = [_fed(embeds), _START]
-    if call.position_axes and pictures.positions is not None:
+    if call.position_axes and positions is not None:
         shape = (call.position_axes, 1, "sequence")
-        inputs.append(Input(name="position_ids", dtype="int64", shape=shape, source=pictures.positions))
+        inputs.append(Input(name="position_ids", dtype="int64", shape=shape, source=positions))
     if call.both_ways:
         source = Source(kind="constant", value=both_ways)
         inputs.append(Input(name="both_ways", dtype="int64", shape=(1,), source=source))
@@ -247,3 +252,11 @@ def _notes(model: PreTrainedModel) -> tuple[str, ...]:
         size = head.weight.numel() * head.weight.element_size()
         return (f"the tied embedding stands twice ({size} bytes): as a table, and packed for the head by XNNPACK",)
     return ()
+
+
+def _some_token(model: PreTrainedModel) -> int:
+    """A token that generation doesn't treat specially."""
+    config = model.generation_config
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    special = {config.pad_token_id, config.bos_token_id, *eos}
+    return next(token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special)

@@ -19,6 +19,7 @@ from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEv
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
 
 from genbundle.builder.stateful import StatefulDecoder
+from genbundle.builder.stateful_encoder import PictureEncoder
 from genbundle.bundles import UnsupportedModelError
 
 
@@ -62,9 +63,9 @@ def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path
 
 
 def _export(name: str, method: Any) -> torch.export.ExportedProgram:
-    stateful = isinstance(method.module, StatefulDecoder)
+    replaced = isinstance(method.module, StatefulDecoder | PictureEncoder)
     try:
-        with torch.no_grad(), method.module.exporting() if stateful else nullcontext():
+        with torch.no_grad(), method.module.exporting() if replaced else nullcontext():
             program = torch.export.export(
                 method.module.eval(), method.args, dynamic_shapes=method.dynamic_shapes, strict=False
             )

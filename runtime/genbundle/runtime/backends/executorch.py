@@ -1,17 +1,19 @@
-"""ExecuTorch with the XNNPACK delegate: one .pte whose methods are the programs and whose decoder keeps its own state."""
+"""ExecuTorch with the XNNPACK delegate: one .pte whose methods are the programs; its decoder keeps its own state."""
 
 import importlib.metadata
+import itertools
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from genbundle.bundles import Bundle, EngineError, MissingExtraError
+from genbundle.bundles.manifest import Program
 from genbundle.runtime.program import Tensor
 
 
@@ -28,7 +30,7 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
         with _captured_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Registers the operators torch.ops.llama.* (update_cache, custom_sdpa) that the decoders call.
-            import executorch.extension.llm.custom_ops.custom_ops
+            import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
             from executorch.runtime import Runtime
     except ImportError:
         raise _missing() from None
@@ -54,9 +56,7 @@ class ExecuTorchBackend:
         method = entry.method or "forward"
         if (entry.file, method) not in self._methods:
             self._methods[entry.file, method] = self._load(entry.file, method)
-        inputs = tuple(item.name for item in entry.inputs)
-        outputs = tuple(item.name for item in entry.outputs)
-        return ExecuTorchProgram(name, self._methods[entry.file, method], inputs, outputs)
+        return ExecuTorchProgram(entry, self._methods[entry.file, method])
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """A torch tensor (or a numpy array) as a numpy array over the same memory."""
@@ -81,19 +81,46 @@ class ExecuTorchBackend:
 
 
 class ExecuTorchProgram:
-    """One method: numpy arrays or torch tensors in by name, torch tensors out by name."""
+    """One method: numpy arrays or torch tensors in by name, torch tensors out by name.
 
-    def __init__(self, name: str, method: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]):
-        self.name, self._method, self._inputs, self._outputs = name, method, inputs, outputs
+    A method takes one picture (or frame) at a time. The option `pieces` of an input's source divides it: "each" takes
+    one row per call, "cu_seqlens" the rows between two of that input's offsets; the input marked "offsets" itself goes
+    into no call. The outputs are joined along their first symbolic axis.
+    """
+
+    def __init__(self, entry: Program, method: Any):
+        self._entry, self._method = entry, method
+        self._pieces = {item.name: item.source.options.get("pieces") for item in entry.inputs}
+        self._names = [name for name, pieces in self._pieces.items() if pieces != "offsets"]
+        self._outputs = [output.name for output in entry.outputs]
+        self._axes = [next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the method; EngineError when it fails."""
+        """Run the method, as often as there are pieces; EngineError when it fails."""
+        if not any(self._pieces.values()):
+            return dict(zip(self._outputs, self._run(inputs), strict=True))
+        results = [self._run(part) for part in self._parts(inputs)]
+        if len(results) == 1:
+            return dict(zip(self._outputs, results[0], strict=True))
+        joined = zip(self._outputs, self._axes, zip(*results, strict=True), strict=True)
+        return {name: np.concatenate([part.numpy() for part in parts], axis) for name, axis, parts in joined}
+
+    def _parts(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        divided = [name for name in self._names if self._pieces[name]]
+        offsets = range(len(inputs[divided[0]]) + 1)
+        if self._pieces[divided[0]] != "each":
+            offsets = [int(offset) for offset in inputs[str(self._pieces[divided[0]])]]
+        for start, end in itertools.pairwise(offsets):
+            yield {**inputs, **{name: inputs[name][start:end] for name in divided}}
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Sequence[Any]:
         try:
-            results = self._method.execute([_to_torch(inputs[name]) for name in self._inputs])
+            return self._method.execute([_to_torch(inputs[name]) for name in self._names])
         except RuntimeError as error:
-            shapes = {name: list(inputs[name].shape) for name in self._inputs}
-            raise EngineError(f"ExecuTorch failed in the program {self.name!r} on inputs of shapes {shapes}: {error}") from error
-        return dict(zip(self._outputs, results, strict=True))
+            shapes = {name: list(inputs[name].shape) for name in self._names}
+            raise EngineError(
+                f"ExecuTorch failed in the program {self._entry.name!r} on inputs of shapes {shapes}: {error}"
+            ) from error
 
 
 def _to_torch(tensor: Tensor) -> Any:

@@ -1,0 +1,117 @@
+"""torch.export programs: .pt2 archives without weights, which all of them share in one .safetensors file."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from genbundle.builder.components import Component, as_state, dtype_of, shape_of
+from genbundle.builder.exporting import quiet, to_exported_program
+from genbundle.builder.formats import Exported, Progress, describe_inputs
+from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Output, Program, State
+
+# Where and by whom a node was traced: no use to a runtime, and it holds paths of the exporting machine.
+_TRACE_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+def export_torch(components: Iterable[Component], folder: Path, progress: Progress) -> Exported:
+    """Write one .pt2 per component below `folder`, which weight it reads where, and the weights, each once."""
+    pool, programs, states, reads = WeightPool(), [], {}, {}
+    for component in components:
+        progress(f"export {component.name}")
+        exported = to_exported_program(component.module, component.sample, component.axes)
+        _expect_dynamic(exported, component)
+        relax_lower_bounds(exported)
+        programs.append(_describe(exported, component, states))
+        reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
+        _save(exported, folder / f"{component.name}.pt2")
+    progress("write weights")
+    pool.write(folder / WEIGHTS_NAME)
+    for name, keys in reads.items():
+        table = {parameter: pool.slots[key].name for parameter, key in sorted(keys.items())}
+        (folder / f"{name}.weights.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME)
+
+
+def _expect_dynamic(exported: Any, component: Component) -> None:
+    placeholders = {node.target: node for node in exported.graph.nodes if node.op == "placeholder"}
+    for name, axes in component.axes.items():
+        node = placeholders.get(name)
+        if node is None or not isinstance(node.meta.get("val"), torch.Tensor) or not node.users:
+            continue
+        for axis, symbol in axes.items():
+            if isinstance(node.meta["val"].shape[axis], int):
+                raise UnsupportedModelError(
+                    f"{component.name}: axis {axis} ({symbol}) of its input {name!r} is fixed at "
+                    f"{node.meta['val'].shape[axis]} by the model's code"
+                )
+
+
+def relax_lower_bounds(exported: Any) -> None:
+    """Pass: let every dynamic size start at 0.
+
+    The tracer takes sizes it was shown (2 and more) for no smaller than that, and sums of them for no smaller than 4,
+    though nothing in the graph depends on it; a size that really is
+    fixed was refused before; the replay runs an empty past, one token and one sequence.
+    """
+    ranges = exported.range_constraints
+    for symbol, found in ranges.items():
+        ranges[symbol] = ValueRanges(min(0, found.lower), found.upper)
+
+
+def _describe(exported: Any, component: Component, states: dict[str, State]) -> Program:
+    for name, source in component.sources.items():
+        if source.kind == "state":
+            axes = component.axes[name]
+            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes, "past")
+    with torch.no_grad():
+        results = component.module(**component.sample)
+    outputs = tuple(
+        Output(
+            name=name,
+            dtype=dtype_of(value),
+            shape=shape_of(value, component.axes.get(name, {})),
+            state=component.states.get(name),
+        )
+        for name, value in results.items()
+    )
+    return Program(
+        name=component.name,
+        file=f"{component.name}.pt2",
+        roles=component.roles,
+        modality=component.modality,
+        inputs=describe_inputs(component, set(component.sample), lambda name: name),
+        outputs=outputs,
+    )
+
+
+def _save(exported: Any, path: Path) -> None:
+    """Write the program without its weights, sample inputs and trace, byte for byte the same each time."""
+    weights = exported.state_dict
+    exported._state_dict = {
+        name: torch.nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        if isinstance(value, torch.nn.Parameter)
+        else torch.empty_like(value, device="meta")
+        for name, value in weights.items()
+    }
+    exported._example_inputs = None
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for key in _TRACE_META:
+                    node.meta.pop(key, None)
+    buffer = io.BytesIO()
+    with quiet():
+        torch.export.save(exported, buffer)
+    # The archive's own times and random id would make each build's bytes different.
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for name in source.namelist():
+            if not name.endswith("/.data/serialization_id"):
+                target.writestr(zipfile.ZipInfo(name), source.read(name))

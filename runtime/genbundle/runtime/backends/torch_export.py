@@ -1,0 +1,123 @@
+"""torch.export programs on CPU or CUDA: the archives hold no weights, which are mapped from one file and shared."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
+from genbundle.runtime.program import Tensor
+
+
+def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "TorchBackend":
+    """Open a `torch` bundle on `device` ("cpu", "cuda" or "cuda:1"; "cpu" by default)."""
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtraError("running a 'torch' bundle", "torch", "torch") from None
+    built = bundle.manifest.packages.get("torch", "")
+    installed = torch.__version__.partition("+")[0]
+    if built.split(".")[:2] != installed.split(".")[:2]:
+        raise EngineError(
+            f"{bundle.path} was exported with torch {built}, {installed} is installed: install torch {built}, or build "
+            "the bundle again with this version"
+        )
+    device = device or "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise EngineError(f"unknown device {device!r}: a 'torch' bundle runs on 'cpu' or 'cuda'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError(f"{bundle.path}: no CUDA device here: load it with device='cpu'")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchBackend(torch, bundle, device)
+
+
+class TorchBackend:
+    """A bundle's programs, loaded one by one as they are needed."""
+
+    def __init__(self, torch: Any, bundle: Bundle, device: str):
+        self._torch, self._bundle = torch, bundle
+        self.device = device
+        self._programs: dict[str, TorchProgram] = {}
+        self._weights: dict[str, Any] = {}
+
+    def program(self, name: str) -> "TorchProgram":
+        """The program of that name, loaded when it is first asked for."""
+        if name not in self._programs:
+            self._programs[name] = self._open(name)
+        return self._programs[name]
+
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        """A tensor (or a numpy array) as a numpy array; bfloat16 as float32, which numpy lacks."""
+        if isinstance(tensor, np.ndarray):
+            return tensor
+        return (tensor.float() if tensor.dtype == self._torch.bfloat16 else tensor).cpu().numpy()
+
+    def _open(self, name: str) -> "TorchProgram":
+        torch, bundle = self._torch, self._bundle
+        file = bundle.file(bundle.manifest.program(name).file)
+        _refuse_pickles(file)
+        try:
+            exported = torch.export.load(file)
+        except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+            raise EngineError(f"{file}: torch.export can't load it: {error}") from error
+        table = json.loads(bundle.file(f"{name}.weights.json").read_text(encoding="utf-8"))
+        for parameter, expected in exported.state_dict.items():
+            tensor = self._weight(table.get(parameter))
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise BundleError(f"{file}: the weight {parameter!r} has another shape or dtype than the program reads")
+            exported.state_dict[parameter] = torch.nn.Parameter(tensor, requires_grad=False)
+        if self.device != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            exported = move_to_device_pass(exported, self.device)
+        # The manifest's shapes are checked before; torch's own guards would be evaluated in Python on every step.
+        return TorchProgram(torch, exported.module(check_guards=False), self.device)
+
+    def _weight(self, name: str | None) -> Any:
+        """A weight of the shared file, mapped once however many programs read it."""
+        if not self._weights:
+            from safetensors.torch import load_file
+
+            self._weights = load_file(self._bundle.file(self._bundle.manifest.weights or ""))
+        if name not in self._weights:
+            raise BundleError(f"{self._bundle.path}: the weights file holds no {name!r}")
+        return self._weights[name]
+
+
+class TorchProgram:
+    """One loaded program: numpy arrays or tensors in, tensors out."""
+
+    def __init__(self, torch: Any, module: Any, device: str):
+        self._torch, self._module, self._device = torch, module, device
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the program."""
+        feeds = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
+        with self._torch.inference_mode():
+            return self._module(**feeds)
+
+    def _to_engine(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, np.ndarray):
+            return tensor
+        if not tensor.flags.writeable:
+            tensor = tensor.copy()  # torch warns of read-only memory
+        return self._torch.from_numpy(np.ascontiguousarray(tensor)).to(self._device)
+
+
+def _refuse_pickles(file: Any) -> None:
+    """BundleError for an archive that holds anything but plain tensors and JSON: loading a pickle would run its code."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for item in archive.infolist():
+                if "/data/sample_inputs/" in item.filename and item.file_size:
+                    raise BundleError(f"{file}: holds pickled sample inputs, which are never loaded")
+                if item.filename.endswith("_config.json"):
+                    config = json.loads(archive.read(item)).get("config", {})
+                    if any(entry.get("use_pickle") or "tensor" not in entry.get("path_name", "tensor") and
+                           "weight" not in entry.get("path_name", "") for entry in config.values()):  # fmt: skip
+                        raise BundleError(f"{file}: holds pickled objects, which are never loaded")
+    except (zipfile.BadZipFile, json.JSONDecodeError, AttributeError) as error:
+        raise BundleError(f"{file}: not a torch.export archive: {error}") from error
