@@ -161,3 +161,10 @@ def image_inputs(name: str, before: int = 4, after: int = 5, *, seed: int = 0, g
     if name == "paligemma":
         kwargs["token_type_ids"] = torch.zeros_like(ids)  # all of it is prefix: it attends both ways
     return kwargs
+
+
+def samples(name: str) -> list[dict[str, torch.Tensor]] | None:
+    """What to give `build_bundle` as inputs: two pictures that differ in what shall be dynamic; None for text."""
+    if name in TEXT:
+        return None
+    return [image_inputs(name), image_inputs(name, 7, 3, seed=2, grid=(1, 4, 4))]

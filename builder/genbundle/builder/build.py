@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.loading import Loaded, load
-from genbundle.builder.image_text import image_text_components
+from genbundle.builder.image_text import image_text_components, image_token
 from genbundle.builder.plan import Capture, capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.programs import decoder_component, text_flow
@@ -21,7 +21,7 @@ from genbundle.builder.samples import Samples, as_inputs, from_processor, genera
 from genbundle.builder.verify import GOLDEN_LOGITS, record
 from genbundle.bundles import BuildError, Bundle
 from genbundle.bundles.golden import GOLDEN_NAME, write_golden
-from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Manifest, Verification
+from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest, Verification
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
 from genbundle.runtime import load_bundle
@@ -112,11 +112,18 @@ def _export(
     announce("capture")
     captures = capture(model, samples.capture)
     capacity = settings.max_length or _context_length(model)
+    if settings.backend == "xnnpack" and settings.max_length is None:
+        capacity = min(capacity or _XNNPACK_MAX_LENGTH, _XNNPACK_MAX_LENGTH)
     exported = _FORMATS[settings.backend](model, captures, capacity, folder, announce)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
         images = describe_images(loaded.processor, model.config)
+    token = image_token(captures)
+    if token is not None and images is None:
+        images = Images(input="pixel_values", reason="the bundle was built without the model's processor")
+    if token is not None and images is not None and images.token_id is None:
+        images = replace(images, token_id=token)
     model.config.to_json_file(folder / "config.json", use_diff=False)
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     return Manifest(
@@ -169,10 +176,34 @@ def _explicit(
     return replace(export_onnx(components, folder, format_name, announce), flow=flow)
 
 
+def _stateful(
+    model: PreTrainedModel,
+    captures: list[Capture],
+    capacity: int | None,
+    folder: Path,
+    announce: Callable[[str], None],
+) -> Exported:
+    """The backend whose program keeps its state inside: one .pte for ExecuTorch."""
+    from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
+
+    announce("explain")
+    plan = make_plan(model, captures)
+    announce("export the methods")
+    return export_executorch(
+        model,
+        max_length=capacity or _XNNPACK_MAX_LENGTH,
+        eos_token_ids=describe_generation(model).eos_token_ids,
+        captures=captures,
+        positions=plan.sources.get("position_ids") if plan.position_axes else None,
+        path=folder / PROGRAM_FILE,
+    )
+
+
 _FORMATS: dict[str, Callable[..., Exported]] = {
     "cpu": partial(_explicit, "cpu"),
     "cuda": partial(_explicit, "cuda"),
     "torch": partial(_explicit, "torch"),
+    "xnnpack": _stateful,
 }
 
 

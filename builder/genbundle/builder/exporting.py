@@ -4,14 +4,8 @@ transformers.exporters is experimental and its versions are pinned in pyproject.
 could break is behind these few functions.
 """
 
-import contextlib
 import copy
-import logging
-import os
-import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
 
+from genbundle.builder.noise import quiet
 from genbundle.bundles import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -90,31 +85,3 @@ def _shapes(sample: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, dict[in
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def quiet(log: str | None = None) -> Iterator[None]:
-    """Hide what exporters print and log; it is written to the file `log` or, without one, kept out of sight.
-
-    File descriptors are redirected, since parts of it come from C++.
-    """
-    if os.environ.get("GENBUNDLE_VERBOSE"):
-        yield
-        return
-    previous = logging.root.manager.disable
-    sys.stdout.flush(), sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with contextlib.ExitStack() as stack:
-        sink = stack.enter_context(open(log, "ab") if log else tempfile.TemporaryFile())
-        os.dup2(sink.fileno(), 1), os.dup2(sink.fileno(), 2)
-        try:
-            if not log:
-                logging.disable(logging.WARNING)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os.dup2(saved[0], 1), os.dup2(saved[1], 2)
-            os.close(saved[0]), os.close(saved[1])
-            logging.disable(previous)

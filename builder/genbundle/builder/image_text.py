@@ -70,15 +70,27 @@ def image_text_components(
     return [encoder, merged, prompt, decode], flow
 
 
-def placeholder_token(captures: list[Capture], features: list[int]) -> int | None:
-    """The one token that stands in every captured prompt as often as there are features."""
-    ids = captures[0].inputs["input_ids"].unique().tolist()
+def placeholder_token(captures: list[Capture], counts: list[int]) -> int | None:
+    """The one token that stands in every captured prompt as often as `counts`, its features, says; None without one."""
+    candidates = captures[0].inputs["input_ids"].unique().tolist()
     found = [
         token
-        for token in ids
-        if all(int((c.inputs["input_ids"] == token).sum()) == n for c, n in zip(captures, features, strict=True))
+        for token in candidates
+        if all(int((c.inputs["input_ids"] == token).sum()) == n for c, n in zip(captures, counts, strict=True))
     ]
     return found[0] if len(found) == 1 else None
+
+
+def image_token(captures: list[Capture]) -> int | None:
+    """The placeholder token of pictures; None for captures without pictures or without such a token."""
+    outputs = [item.prompt.get("mm_encoder_outputs", {}).get(MODALITY) for item in captures]
+    if any(output is None for output in outputs):
+        return None
+    counts = []
+    for output in outputs:
+        pieces = output.pooler_output if isinstance(output.pooler_output, list | tuple) else [output.pooler_output]
+        counts.append(sum(piece.shape[:-1].numel() for piece in pieces))
+    return placeholder_token(captures, counts)
 
 
 def _features(model: PreTrainedModel, output: Any, inputs: dict, constants: dict) -> list[Features]:

@@ -27,7 +27,7 @@ def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) ->
     """What the caller gave as samples, as tensors; BuildError for what isn't generate kwargs."""
     if inputs is None:
         return []
-    samples = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    samples = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     result = []
     for sample in samples:
         if not isinstance(sample, Mapping):

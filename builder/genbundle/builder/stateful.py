@@ -56,7 +56,7 @@ class StatefulDecoder(torch.nn.Module):
         self.capacity, self.call = capacity, call or DecoderCall()
         # Of an image-text model only the language model and the head belong to this program: the model around them is
         # kept out of the module tree, else its towers would be exported too.
-        self.decoder, self.head = decoder_of(model), model.get_output_embeddings()
+        self.decoder, self.head = decoder_of(model), head_of(model)
         self._model = (model,)
         self.layers = probe_layers(model)
         for index, layer in enumerate(self.layers):
@@ -124,6 +124,14 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def head_of(model: PreTrainedModel) -> torch.nn.Linear:
+    """The head that gives logits; UnsupportedModelError when there is none."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no lm_head, so that it can't generate tokens")
+    return cast(torch.nn.Linear, head)
+
+
 def probe_layers(model: PreTrainedModel) -> tuple[LayerState, ...]:
     """What each layer of the decoder keeps, seen by running it on two tokens.
 
@@ -144,13 +152,13 @@ def probe_layers(model: PreTrainedModel) -> tuple[LayerState, ...]:
         decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     shapes = []
     for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys is None or values is None:
             raise UnsupportedModelError(
                 f"language_model: layer {index} keeps {type(layer).__name__.removesuffix('Layer')} state, and the "
                 "xnnpack backend knows keys and values of every token only: build for another backend, for instance cpu"
             )
-        keys, values = layer.keys.shape, layer.values.shape
-        shapes.append(LayerState(keys=(keys[1], keys[3]), values=(values[1], values[3])))
+        shapes.append(LayerState(keys=(keys.shape[1], keys.shape[3]), values=(values.shape[1], values.shape[3])))
     if attended < len(shapes):
         raise UnsupportedModelError(
             f"language_model: {attended} of the {len(shapes)} layers of {type(decoder).__name__} call attention "

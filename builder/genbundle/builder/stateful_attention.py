@@ -35,7 +35,8 @@ class BufferCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: "BufferCache", keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.cache, self.keys, self.values = cache, keys, values
+        self.cache, self.buffers = cache, (keys, values)
+        self.keys, self.values = self.buffers
         self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
         self.is_initialized = True
 
@@ -44,9 +45,9 @@ class BufferCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Write the new keys and values `[1, heads, S, width]`; returns the whole buffers, heads first."""
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), buffer, self.cache.start)
-        self.returned = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        self.returned = self.buffers[0].transpose(1, 2), self.buffers[1].transpose(1, 2)
         return self.returned
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -59,7 +60,7 @@ class BufferCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """How many tokens the state can hold."""
-        return self.keys.shape[1]
+        return self.buffers[0].shape[1]
 
 
 class BufferCache(Cache):
@@ -70,7 +71,8 @@ class BufferCache(Cache):
     """
 
     def __init__(self, buffers: list[tuple[torch.Tensor, torch.Tensor]], start: Any, both_ways: torch.Tensor | None):
-        super().__init__(layers=[BufferCacheLayer(self, *pair) for pair in buffers])
+        self._own = [BufferCacheLayer(self, *pair) for pair in buffers]
+        super().__init__(layers=list(self._own))
         self.start, self.both_ways = start, both_ways
         self._additive: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -81,9 +83,9 @@ class BufferCache(Cache):
 
     def buffers_of(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The buffers behind a key tensor that some layer's `update` returned, None for any other tensor."""
-        for layer in self.layers:
+        for layer in self._own:
             if layer.returned is not None and layer.returned[0] is key:
-                return layer.keys, layer.values
+                return layer.buffers
         return None
 
     def mask(self, *, mask_function: Callable, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -131,7 +133,7 @@ def attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query [1, heads, S, width]` over the state; returns `[1, S, heads, width]`."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     buffers = cache.buffers_of(key)
     if softcap is None and s_aux is None and buffers is not None and buffers[0].shape == buffers[1].shape:
         start, states = cache.start, query.transpose(1, 2).contiguous()
@@ -198,7 +200,7 @@ def stateful_attention(
 
     Raises UnsupportedModelError when the model's attention can't be replaced.
     """
-    before, name = model.config._attn_implementation, FLASH_IMPLEMENTATION if flash else IMPLEMENTATION
+    before, name = str(model.config._attn_implementation), FLASH_IMPLEMENTATION if flash else IMPLEMENTATION
     registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
     for registry, function in zip(registries, (attention, mask), strict=True):
         registry.register(name, function)

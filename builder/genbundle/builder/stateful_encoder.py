@@ -4,6 +4,7 @@ Two kinds. Pictures of one size, `[pictures, C, H, W]`: one row per call. Packed
 `cu_seqlens` between frames: the rows of one frame per call, which attend to one another and to no others.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -39,7 +40,7 @@ def picture_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[
     features = [item for item in candidate_features(outputs[0]) if item.path[0] in _FEATURES]
     if not features or features[0].path != ("pooler_output",):
         raise UnsupportedModelError("image_encoder: get_image_features gave no pooler_output to take features from")
-    counts = [features[0].read(output).flatten(0, -2).shape[0] for output in outputs]
+    counts = [math.prod(features[0].read(output).shape[:-1]) for output in outputs]
     placeholder = placeholder_token(captures, counts)
     if placeholder is None:
         raise UnsupportedModelError(

@@ -7,9 +7,10 @@ model did.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -24,7 +25,7 @@ _UNDERSTOOD = {"inputs_embeds", "position_ids", "attention_mask", "past_key_valu
 
 @dataclass(kw_only=True)
 class Seen:
-    """One prompt's call of the decoder: its keyword arguments, and each layer's mask or, without one, if it is causal."""
+    """One prompt's call of the decoder: its keyword arguments, and each layer's mask (or whether it is causal)."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     masks: list[torch.Tensor | bool] = field(default_factory=list)
@@ -58,7 +59,7 @@ def watch_prompt(model: PreTrainedModel, inputs: Inputs) -> Seen:
     hooks = [decoder.register_forward_pre_hook(before, with_kwargs=True), decoder.register_forward_hook(after)]
     try:
         with torch.no_grad(), stateful_attention(decoder, attention, sdpa_mask):
-            model.generate(**dict(inputs), max_new_tokens=1, do_sample=False)
+            cast(Any, model).generate(**dict(inputs), max_new_tokens=1, do_sample=False)
     except _PromptDone:
         return seen
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -79,7 +80,7 @@ def probe_call(model: PreTrainedModel, inputs: Inputs) -> tuple[DecoderCall, See
     if seen.kwargs.get("inputs_embeds") is None:
         return DecoderCall(both_ways=both_ways), seen
     for name, value in seen.kwargs.items():
-        if name not in _UNDERSTOOD and torch.utils._pytree.tree_any(torch.is_tensor, value):
+        if name not in _UNDERSTOOD and any(map(torch.is_tensor, tree_leaves(value))):
             raise UnsupportedModelError(
                 f"language_model: its input {name!r} has no explanation on the xnnpack backend: build for another "
                 "backend, for instance cpu"
@@ -134,7 +135,7 @@ class TokenEmbedding(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel, deepstack: int = 0):
         super().__init__()
-        self.table, self.deepstack = model.get_input_embeddings(), deepstack
+        self.table, self.deepstack = cast(torch.nn.Embedding, model.get_input_embeddings()), deepstack
         self._rows = int(self.table.weight.shape[0])
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,12 @@
 """One module per program format: each takes components and returns what the manifest says of the programs it wrote."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from genbundle.builder.components import Component, dtype_of, shape_of
+from genbundle.builder.exporting import first_line
+from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
 Progress = Callable[[str], None]
@@ -18,6 +21,20 @@ class Exported:
     flow: Flow | None = None
     weights: str | None = None
     notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def naming(component: Component) -> Iterator[None]:
+    """Turn whatever an exporter raises into an UnsupportedModelError that names the component and the cause."""
+    try:
+        yield
+    except GenbundleError:
+        raise
+    except Exception as error:  # exporters raise anything
+        cause = error.__cause__ or error
+        raise UnsupportedModelError(
+            f"{component.name}: the exporter can't express it: {type(cause).__name__}: {first_line(cause)}"
+        ) from error
 
 
 def describe_inputs(component: Component, read: Collection[str | None], rename: Callable[[str], str]) -> tuple[Input, ...]:

@@ -8,7 +8,7 @@ express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder`, `to
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from genbundle.builder.exporting import quiet
 from genbundle.builder.formats import Exported
 from genbundle.builder.plan import Capture
-from genbundle.builder.stateful import DecoderCall, StatefulDecoder
+from genbundle.builder.stateful import DecoderCall, StatefulDecoder, head_of
 from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
 from genbundle.builder.stateful_merge import Scatter, TokenEmbedding, check_scatter, probe_call, text_alone
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
 
-PROGRAM_FILE = "programs/model.pte"
+PROGRAM_FILE = "model.pte"
 _TOKENS = Input(name="tokens", dtype="int64", shape=(1, "sequence"), source=Source(kind="tokens"))
 _START = Input(name="start_pos", dtype="int64", shape=(1,), source=Source(kind="start"))
 
@@ -247,9 +247,9 @@ def _program(
 
 def _notes(model: PreTrainedModel) -> tuple[str, ...]:
     """What a user should know of the file."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
-        size = head.weight.numel() * head.weight.element_size()
+    weight = head_of(model).weight
+    if weight is cast(torch.nn.Embedding, model.get_input_embeddings()).weight:
+        size = weight.numel() * weight.element_size()
         return (f"the tied embedding stands twice ({size} bytes): as a table, and packed for the head by XNNPACK",)
     return ()
 
@@ -259,4 +259,4 @@ def _some_token(model: PreTrainedModel) -> int:
     config = model.generation_config
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.pad_token_id, config.bos_token_id, *eos}
-    return next(token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special)
+    return next(token for token in range(len(head_of(model).weight)) if token not in special)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from genbundle.builder.components import Component, as_state
 from genbundle.builder.exporting import to_onnx
-from genbundle.builder.formats import Exported, Progress, describe_inputs
+from genbundle.builder.formats import Exported, Progress, describe_inputs, naming
 from genbundle.builder.passes.tied_weights import share_transposed_weights
 from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPool
 from genbundle.bundles import UnsupportedModelError
@@ -23,7 +23,8 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
         progress(f"export {component.name}")
         # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
         fused_for = provider if component.fusions and provider == "cpu" else None
-        model = to_onnx(component.module, component.sample, component.axes, fused_for)
+        with naming(component):
+            model = to_onnx(component.module, component.sample, component.axes, fused_for)
         _expect_dynamic(model, component)
         share_transposed_weights(model)
         _name_axes(model, component)

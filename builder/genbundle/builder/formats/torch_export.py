@@ -12,7 +12,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
-from genbundle.builder.formats import Exported, Progress, describe_inputs
+from genbundle.builder.formats import Exported, Progress, describe_inputs, naming
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Output, Program, State
@@ -26,7 +26,8 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
     pool, programs, states, reads = WeightPool(), [], {}, {}
     for component in components:
         progress(f"export {component.name}")
-        exported = to_exported_program(component.module, component.sample, component.axes)
+        with naming(component):
+            exported = to_exported_program(component.module, component.sample, component.axes)
         _expect_dynamic(exported, component)
         relax_lower_bounds(exported)
         programs.append(_describe(exported, component, states))

@@ -1,13 +1,11 @@
 """ExecuTorch with the XNNPACK delegate: one .pte whose methods are the programs; its decoder keeps its own state."""
 
 import importlib.metadata
+import io
 import itertools
-import os
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import redirect_stderr
 from typing import Any
 
 import numpy as np
@@ -20,20 +18,23 @@ from genbundle.runtime.program import Tensor
 def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "ExecuTorchBackend":
     """Open an `xnnpack` bundle, which runs on the CPU.
 
-    threads: ExecuTorch 1.4 makes one thread pool for the process, a thread for each fast core, and its Python bindings
-    can't resize it (pybindings.pyi has no setter), so a number given here has no effect.
+    threads: the size of ExecuTorch's thread pool, of which there is one in a process: it is resized for every bundle.
     """
     if device not in (None, "cpu"):
         raise EngineError(f"unknown device {device!r}: an xnnpack bundle runs on 'cpu'")
     _check_version(bundle)
     try:
-        with _captured_stderr(), warnings.catch_warnings():
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Registers the operators torch.ops.llama.* (update_cache, custom_sdpa) that the decoders call.
             import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
+            from executorch.extension.pybindings import _portable_lib
             from executorch.runtime import Runtime
     except ImportError:
         raise _missing() from None
+    if threads is not None:
+        # Unsafe while a program runs, which nothing does that this thread waits for.
+        _portable_lib._unsafe_reset_threadpool(threads)
     return ExecuTorchBackend(Runtime.get(), bundle)
 
 
@@ -63,17 +64,15 @@ class ExecuTorchBackend:
         return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
     def _load(self, file: str, method: str) -> Any:
-        path, log = self._bundle.file(file), ""
+        path, log = self._bundle.file(file), io.StringIO()
         try:
-            with _captured_stderr() as read_log:
-                try:
-                    if file not in self._files:
-                        self._files[file] = self._runtime.load_program(path)
-                    return self._files[file].load_method(method)
-                finally:
-                    log = read_log()
+            # ExecuTorch logs through sys.stderr: why a load failed, and on first use five lines about the processor.
+            with redirect_stderr(log):
+                if file not in self._files:
+                    self._files[file] = self._runtime.load_program(path)
+                return self._files[file].load_method(method)
         except (RuntimeError, KeyError) as error:
-            detail = f"{error} {log}".strip()
+            detail = " ".join(f"{error} {log.getvalue()}".split())
             raise EngineError(
                 f"{self._bundle.path}: ExecuTorch can't load the method {method!r} of {file}: {detail}: "
                 "the file is damaged (`genbundle verify` tells) or needs operators that this ExecuTorch lacks"
@@ -148,20 +147,3 @@ def _check_version(bundle: Bundle) -> None:
 
 def _missing() -> MissingExtraError:
     return MissingExtraError("running an 'xnnpack' bundle", "executorch", "executorch")
-
-
-@contextmanager
-def _captured_stderr() -> Iterator[Any]:
-    """Hold back what ExecuTorch's C++ logs on stderr (five lines about the processor on first use alone).
-
-    Gives a function that returns the text so far, which is where a failed load says why.
-    """
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield lambda: os.pread(log.fileno(), 2000, 0).decode(errors="replace").strip()
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -1,0 +1,44 @@
+# make demo    set everything up in .venv and watch the embedded model answer
+# make test    the same environment; formatting, types and all tests
+#
+# PYTHON=python3.12            another interpreter (3.11 or newer)
+# TORCH_ARGS="--index-url ..." further arguments for installing torch, for instance PyTorch's index of CPU-only wheels
+#                              (see pytorch.org): pip's default for Linux may be the build for CUDA, which works as well
+#                              but is larger
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOTS := builder runtime bundles tests
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/genbundle demo $(DEMO_ARGS)
+
+test: lint
+	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(ROOTS)
+	$(BIN)/ruff format --check $(ROOTS)
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.budgets $(BENCH_ARGS)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'genbundle needs Python 3.11 or newer: make PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(sed -n 's/^torch = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	$(BIN)/python -m pip install --quiet -e ".[builder,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find $(ROOTS) -name __pycache__ -type d -exec rm -rf {} +

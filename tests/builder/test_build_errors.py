@@ -1,0 +1,107 @@
+"""Bad input to `build_bundle`: a typed error that says what was given and what to do, and nothing is left behind."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from genbundle.builder import build_bundle
+from genbundle.builder import build as build_module
+from genbundle.bundles import BuildError, UnsupportedModelError, VerificationError
+from tests.zoo import models
+
+
+class Mystery(hf.LlamaForCausalLM):
+    """A decoder that takes an argument for which no rule is known."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "mystery": torch.rand(1, 1)}
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, mystery=None, **kwargs):
+        output = super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        if mystery is not None:
+            output.logits = output.logits * (1 + mystery)
+        return output
+
+
+def tiny_llama(cls=hf.LlamaForCausalLM):
+    config = models.make("llama").config
+    return cls(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backend": "tpu"}, BuildError, "unknown backend 'tpu': choose one of cpu, cuda, xnnpack, torch"),
+        ({"precision": "int3"}, BuildError, "precision 'int3' isn't available on 'cpu': it can fp32"),
+        ({"max_length": 1}, BuildError, "max_length: expected an integer of at least 2, got 1"),
+        ({"inputs": 7}, BuildError, "expected generate kwargs (a dict) or a list of them, got int"),
+        ({"inputs": {"pixel_values": np.zeros((1, 3, 4, 4))}}, BuildError, "with input_ids [batch, length]"),
+        (
+            {"inputs": {"input_ids": [[5, 6]], "pixels": [[1.0]]}},
+            UnsupportedModelError,
+            "LlamaForCausalLM.generate refuses the inputs ['attention_mask', 'input_ids', 'pixels']",
+        ),
+    ],
+)
+def test_arguments(arguments, error, message, tmp_path):
+    with pytest.raises(error) as raised:
+        build_bundle(tiny_llama(), output=tmp_path / "b", progress=False, **arguments)
+    assert message in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_cannot_generate(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=20))
+    with pytest.raises(UnsupportedModelError, match="BertModel can't generate: give a model with a language-modeling head"):
+        build_bundle(model, output=tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./missing"])
+def test_missing_directory(model, tmp_path):
+    with pytest.raises(BuildError, match="no such directory"):
+        build_bundle(model, output=tmp_path / "b", progress=False)
+
+
+def test_directory_without_a_model(tmp_path):
+    with pytest.raises(BuildError, match=r"holds no config\.json"):
+        build_bundle(tmp_path, output=tmp_path / "b", progress=False)
+
+
+def test_unexplained_input_is_named(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="Mystery: the decoder's input 'mystery' has no explanation"):
+        build_bundle(tiny_llama(Mystery), output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_option_that_is_not_replayed(tmp_path):
+    model = tiny_llama()
+    model.generation_config.no_repeat_ngram_size = 2
+    with pytest.raises(UnsupportedModelError, match="no_repeat_ngram_size"):
+        build_bundle(model, output=tmp_path / "b", progress=False)
+
+
+def test_output_that_exists_is_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    for overwrite in (False, True):
+        with pytest.raises(BuildError):
+            build_bundle(tiny_llama(), output=tmp_path / "mine", overwrite=overwrite, progress=False)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.slow
+def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch):
+    """Eager's record with one token changed stands for a program that gives another token."""
+    record = build_module.record
+
+    def tampered(*args, **kwargs):
+        case = record(*args, **kwargs)
+        case.sequences[0, -1] = (case.sequences[0, -1] + 1) % 190
+        return case
+
+    monkeypatch.setattr(build_module, "record", tampered)
+    with pytest.raises(VerificationError, match=r"short prompt: step 11 of sequence 0 gives token \d+, eager gave \d+"):
+        build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,72 @@
+"""Tiny bundles, each built once per test session when a test first asks for it."""
+
+import fcntl
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from genbundle.bundles import Bundle, open_bundle
+from genbundle.runtime import Model, load_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's bundles are; with pytest-xdist its workers share them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "bundles"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder: Path) -> Callable[..., Bundle]:
+    """`bundle(name, backend="cpu")`: the bundle of the tiny model `name` in tests/zoo/models.py.
+
+    `name` may also be "chat" (a llama with a tokenizer and a chat template) or "demo" (the embedded image-text model).
+    A failed build fails every test that asks for it, and is tried once.
+    """
+
+    @functools.cache
+    def get(name: str, backend: str = "cpu") -> Bundle | Exception:
+        path = bundle_folder / f"{name}-{backend}.bundle"
+        with (bundle_folder / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                return open_bundle(path) if path.exists() else _build(name, backend, path)
+            except Exception as error:
+                return error
+
+    def ask(name: str, backend: str = "cpu") -> Bundle:
+        found = get(name, backend)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def loaded(bundle: Callable[..., Bundle]) -> Callable[..., Model]:
+    """`loaded(name, backend="cpu")`: the same, opened with the runtime."""
+
+    @functools.cache
+    def get(name: str, backend: str = "cpu") -> Model:
+        return load_bundle(bundle(name, backend))
+
+    return get
+
+
+def _build(name: str, backend: str, path: Path) -> Bundle:
+    from genbundle.builder import build_bundle
+    from tests.zoo import models, tokenizers
+
+    if name == "demo":
+        from genbundle.builder.demo.show import MODEL, sample_inputs
+
+        return build_bundle(MODEL, sample_inputs(), backend, output=path, progress=False)
+    if name == "chat":
+        processor = tokenizers.chat_tokenizer(models.VOCABULARY)
+        return build_bundle(models.make("llama"), None, backend, processor=processor, output=path, progress=False)
+    return build_bundle(models.make(name), models.samples(name), backend, output=path, progress=False)

@@ -1,0 +1,108 @@
+"""Finished bundles against `model.generate`: the same sequences for inputs that neither capture nor build saw."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.zoo import models
+
+BACKENDS = ("cpu", "torch", "xnnpack")
+pytestmark = pytest.mark.slow
+
+
+def eager(model, inputs, **options):
+    """The sequences of `model.generate`, greedily unless asked otherwise."""
+    with torch.no_grad():
+        return model.generate(**inputs, do_sample=False, **options).numpy()
+
+
+def arrays(inputs):
+    """Generate kwargs as numpy."""
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+def padded(*rows):
+    """Single sequences as one left-padded batch."""
+    longest = max(row.shape[1] for row in rows)
+    pad = torch.nn.functional.pad
+    return {
+        "input_ids": torch.cat([pad(row, (longest - row.shape[1], 0)) for row in rows]),
+        "attention_mask": torch.cat([pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows]),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", models.TEXT)
+def test_text(name, backend, loaded):
+    model, bundle = models.make(name), loaded(name, backend)
+    single = {"input_ids": models.text_ids(21, seed=5)}
+    batch = padded(models.text_ids(3, seed=6), models.text_ids(14, seed=7), models.text_ids(8, seed=8))
+    for inputs, options in (
+        (single, {"max_new_tokens": 15}),
+        (batch, {"max_new_tokens": 15}),
+        (single, {"max_new_tokens": 9, "repetition_penalty": 1.4}),
+    ):
+        expected = eager(model, inputs, **options)
+        got = bundle.generate(**arrays(inputs), do_sample=False, **options)
+        np.testing.assert_array_equal(got.sequences, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_end_at_different_steps(backend, loaded):
+    """An end token that one row reaches before the others: it goes on with padding, as in transformers."""
+    model, bundle = models.make("llama"), loaded("llama", backend)
+    batch = padded(models.text_ids(3, seed=6), models.text_ids(14, seed=7), models.text_ids(8, seed=8))
+    free = eager(model, batch, max_new_tokens=12, eos_token_id=None)[:, 14:]
+    ends = [int(free[0, 2]), int(free[1, 6])]
+    expected = eager(model, batch, max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
+    got = bundle.generate(**arrays(batch), max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
+    np.testing.assert_array_equal(got.sequences, expected)
+    assert got.finish_reasons[0] == "eos"
+    assert (expected[0, 14 + 3 :] == 0).all(), "the first row was meant to end at its third token at the latest"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", models.IMAGE_TEXT)
+def test_image_text(name, backend, loaded):
+    model, bundle = models.make(name), loaded(name, backend)
+    grid = (1, 4, 4)
+    for seed, (before, after) in enumerate(((6, 9), (2, 3))):
+        inputs = models.image_inputs(name, before, after, seed=20 + seed, grid=grid)
+        expected = eager(model, inputs, max_new_tokens=14)
+        got = bundle.generate(**arrays(inputs), max_new_tokens=14)
+        np.testing.assert_array_equal(got.sequences, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen3_vl"])
+def test_two_pictures_in_one_prompt(name, backend, loaded):
+    model, bundle = models.make(name), loaded(name, backend)
+    first = models.image_inputs(name, 3, 2, seed=30, grid=(1, 4, 4))
+    second = models.image_inputs(name, 1, 4, seed=31, grid=(1, 4, 4))
+    inputs = {
+        key: torch.cat([value, second[key]], 1 if value.shape == first["input_ids"].shape else 0)
+        for key, value in first.items()
+    }
+    expected = eager(model, inputs, max_new_tokens=10)
+    got = bundle.generate(**arrays(inputs), max_new_tokens=10)
+    np.testing.assert_array_equal(got.sequences, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stream_gives_the_same_tokens(backend, loaded):
+    bundle = loaded("qwen2", backend)
+    ids = models.text_ids(9, seed=3).numpy()
+    whole = bundle.generate(input_ids=ids, max_new_tokens=8)
+    streamed = [chunk.token_id for chunk in bundle.stream(input_ids=ids, max_new_tokens=8)]
+    assert streamed == whole.sequences[0, 9:].tolist()
+    assert whole.timings.new_tokens == len(streamed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_repeats_with_a_seed(backend, loaded):
+    bundle = loaded("llama", backend)
+    ids = models.text_ids(9, seed=3).numpy()
+    options = {"max_new_tokens": 20, "temperature": 1.5, "top_k": 0, "eos_token_id": ()}
+    one, same, other = (bundle.generate(input_ids=ids, seed=seed, **options).sequences for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
