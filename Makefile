@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,7 +20,7 @@ ROOTS := builder runtime bundles tests
 .PHONY: demo test lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/genbundle demo $(DEMO_ARGS)
+	@$(BIN)/genbundle demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
@@ -32,12 +33,14 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.budgets $(BENCH_ARGS)
 
+# Remade when pyproject.toml changes; pip then installs what differs.
 $(STAMP): pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'genbundle needs Python 3.11 or newer: make PYTHON=...')"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(sed -n 's/^torch = \["\(.*\)"\]/\1/p' pyproject.toml)"
-	$(BIN)/python -m pip install --quiet -e ".[builder,test]"
-	touch $@
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'genbundle needs Python 3.11 or newer: make PYTHON=...')"
+	@echo "Installing into $(VENV): torch, transformers and the engines; a few minutes the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(sed -n 's/^torch = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	@$(BIN)/python -m pip install --quiet -e ".[builder,test]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -29,8 +29,12 @@ _BACKEND = click.option(
 @click.command(short_help="Export a model into a bundle and verify it.")
 @click.argument("model")
 @_BACKEND
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle; MODEL-BACKEND.bundle here by default.")
-@click.option("--max-length", type=int, metavar="N", help="The most tokens that the bundle holds, prompt and generated.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle; MODEL-BACKEND.bundle here by default."
+)
+@click.option(
+    "--max-length", type=int, metavar="N", help="The most tokens that the bundle holds, prompt and generated."
+)
 @click.option("--precision", default="fp32", show_default=True, metavar="NAME", help="Of weights and computation.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
 @click.option("--no-verify", is_flag=True, help="Skip the replay against the original model.")
@@ -150,13 +154,22 @@ def kept_log() -> Iterator[None]:
 
 @click.command(short_help="Build the embedded image-text model and ask it about a picture.")
 @_BACKEND
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the bundle goes; a cache folder by default.")
-@click.option("--question", "questions", multiple=True, metavar="TEXT", help="Ask this instead; may be given several times.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the bundle goes; a cache folder by default."
+)
+@click.option(
+    "--question", "questions", multiple=True, metavar="TEXT", help="Ask this instead; may be given several times."
+)
 @click.option("--image-out", type=click.Path(path_type=Path), metavar="FILE", help="Save the picture there, as PNG.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Which picture; a random one by default.")
 @click.option("--rebuild", is_flag=True, help="Build anew even if this version's bundle is there.")
 def demo(
-    backend: str, output: Path | None, questions: tuple[str, ...], image_out: Path | None, seed: int | None, rebuild: bool
+    backend: str,
+    output: Path | None,
+    questions: tuple[str, ...],
+    image_out: Path | None,
+    seed: int | None,
+    rebuild: bool,
 ) -> None:
     """Build the bundle of the small image-text model that comes with genbundle, and let it describe a picture.
 

@@ -37,11 +37,11 @@ def quiet() -> Iterator[None]:
         yield
         return
     previous = logging.root.manager.disable
-    sys.stdout.flush(), sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with contextlib.ExitStack() as stack:
-        sink = stack.enter_context(log.open("ab") if log else tempfile.TemporaryFile())
-        os.dup2(sink.fileno(), 1), os.dup2(sink.fileno(), 2)
+    _flush()
+    saved = [(os.dup(stream), stream) for stream in (1, 2)]
+    with log.open("ab") if log else tempfile.TemporaryFile() as sink:
+        for _, stream in saved:
+            os.dup2(sink.fileno(), stream)
         try:
             if not log:
                 logging.disable(logging.WARNING)
@@ -49,7 +49,13 @@ def quiet() -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os.dup2(saved[0], 1), os.dup2(saved[1], 2)
-            os.close(saved[0]), os.close(saved[1])
+            _flush()
+            for duplicate, stream in saved:
+                os.dup2(duplicate, stream)
+                os.close(duplicate)
             logging.disable(previous)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

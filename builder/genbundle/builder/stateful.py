@@ -94,7 +94,7 @@ class StatefulDecoder(torch.nn.Module):
 
         # What stands before the decoder is dead code here: any ids do.
         ids = torch.zeros(1, embeds.shape[1], dtype=torch.long)
-        with _deepstack(self.decoder, deepstack), _instead_of(self.decoder, resume):
+        with _deepstack(self.decoder, deepstack), instead_of(self.decoder, resume):
             return _last_logits(self._model[0], input_ids=ids)
 
     @contextmanager
@@ -176,7 +176,7 @@ def _last_logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _instead_of(module: torch.nn.Module, function: Any) -> Iterator[None]:
+def instead_of(module: torch.nn.Module, function: Any) -> Iterator[None]:
     """While open, calling `module` calls `function`."""
     module.forward = function
     try:

@@ -6,7 +6,8 @@ Two kinds. Pictures of one size, `[pictures, C, H, W]`: one row per call. Packed
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from genbundle.builder.components import Component
 from genbundle.builder.encoders import candidate_features, encoder_component
 from genbundle.builder.image_text import placeholder_token
 from genbundle.builder.plan import Capture
+from genbundle.builder.stateful import instead_of
 from genbundle.builder.stateful_attention import stateful_attention
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Input, Source
@@ -109,9 +111,14 @@ class PictureEncoder(torch.nn.Module):
 
     @contextmanager
     def exporting(self) -> Iterator[None]:
-        """While open, the tower's attention takes all rows of a call as one frame."""
+        """While open, the tower's attention takes all rows of a call as one frame, and its patches go into a matrix."""
         tower = next((part for part in self.module.modules() if isinstance(part, PreTrainedModel)), None)
-        with _one_frame(tower) if self.packed and tower is not None else nullcontext():
+        with ExitStack() as stack:
+            if self.packed and tower is not None:
+                stack.enter_context(_one_frame(tower))
+            for part in self.module.modules():
+                if isinstance(part, torch.nn.Conv3d):
+                    stack.enter_context(instead_of(part, partial(_patch_product, part)))
             yield
 
     def _per_row(self, tensor: torch.Tensor) -> bool:
@@ -130,6 +137,17 @@ class PictureEncoder(torch.nn.Module):
                     f"{self.component.name}: its input {name!r} of shape {list(tensor.shape)} has no row per picture, "
                     "which the xnnpack backend needs: build for another backend, for instance cpu"
                 )
+
+
+def _patch_product(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+    """A 3-D convolution over inputs of its kernel's size, as the matrix product it is: ExecuTorch has no 3-D one."""
+    if tuple(patches.shape[2:]) != convolution.kernel_size or convolution.groups != 1:
+        raise UnsupportedModelError(
+            f"image_encoder: a 3-D convolution over {list(patches.shape)} with kernel {list(convolution.kernel_size)}, "
+            "which ExecuTorch lacks: build for another backend, for instance cpu"
+        )
+    product = torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return product[:, :, None, None, None]
 
 
 @contextmanager

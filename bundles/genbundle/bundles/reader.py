@@ -7,6 +7,8 @@ from pathlib import Path
 from genbundle.bundles.errors import BundleError
 from genbundle.bundles.manifest import MANIFEST_NAME, Manifest
 
+_HASHED_WHEN_OPENED = 16 * 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
@@ -25,7 +27,7 @@ class Bundle:
         """Read every file and compare its sha256 with the manifest's; BundleError names the first that differs."""
         for name, expected in self.manifest.files.items():
             if sha256(self.path / name) != expected.sha256:
-                raise BundleError(f"{self.path / name}: sha256 differs from the manifest's; the file was changed")
+                raise BundleError(_changed(self.path / name))
 
     @property
     def size(self) -> int:
@@ -36,8 +38,10 @@ class Bundle:
 def open_bundle(path: str | Path) -> Bundle:
     """Open the bundle directory `path`: check the manifest, and that each file is there with its size.
 
-    Raises BundleError, naming what is wrong and where (BundleVersionError for a newer format). Hashes are checked by
-    `Bundle.verify_files`, which reads everything.
+    Hashes are checked of files up to 16 MiB, which takes milliseconds: programs, tokenizer, templates. Large files
+    (weights, a .pte) are left to `Bundle.verify_files`, which reads everything.
+
+    Raises BundleError, naming what is wrong and where (BundleVersionError for a newer format).
     """
     root = Path(path)
     if not root.is_dir():
@@ -61,7 +65,13 @@ def open_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"{root}: the file {name!r} is a link that leaves the bundle")
         if file.stat().st_size != expected.size:
             raise BundleError(f"{root}: {name!r} has {file.stat().st_size} bytes, the manifest says {expected.size}")
+        if expected.size <= _HASHED_WHEN_OPENED and sha256(file) != expected.sha256:
+            raise BundleError(_changed(file))
     return Bundle(path=root, manifest=manifest)
+
+
+def _changed(file: Path) -> str:
+    return f"{file}: sha256 differs from the manifest's: the file was changed or damaged"
 
 
 def sha256(path: Path) -> str:

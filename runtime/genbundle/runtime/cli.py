@@ -82,26 +82,36 @@ def cli() -> None:
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 _DEVICE = click.option("--device", metavar="NAME", help="Where to run: cpu or cuda; the bundle's own by default.")
-_THREADS = click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the engine; its own choice by default.")
+_THREADS = click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Threads of the engine; its own choice by default."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
 @cli.command(short_help="Generate from a bundle and stream the text.")
 @_BUNDLE
 @click.argument("prompt")
-@click.option("--image", "images", multiple=True, metavar="PATH", help="A picture for the prompt; may be given several times.")
+@click.option(
+    "--image", "images", multiple=True, metavar="PATH", help="A picture for the prompt; may be given several times."
+)
 @click.option(
     "--chat/--raw",
     default=None,
-    help="Wrap the prompt (and pictures) as a user's message in the model's chat template, the default where the bundle "
-    "has one, or give the text to the model as it is.",
+    help="Wrap the prompt (and pictures) as a user's message in the model's chat template, the default where the "
+    "bundle has one, or give the text to the model as it is.",
 )
 @click.option("--max-new-tokens", type=int, metavar="N", help="The most tokens to generate.")
-@click.option("--temperature", type=float, metavar="T", help="Sample, flatter above 1, sharper below; 0 takes the likeliest.")
+@click.option(
+    "--temperature", type=float, metavar="T", help="Sample, flatter above 1, sharper below; 0 takes the likeliest."
+)
 @click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens.")
 @click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that add up to P.")
-@click.option("--min-p", type=float, metavar="P", help="Sample among tokens at least P times as likely as the likeliest.")
-@click.option("--repetition-penalty", type=float, metavar="R", help="Above 1 discourages tokens that were there before.")
+@click.option(
+    "--min-p", type=float, metavar="P", help="Sample among tokens at least P times as likely as the likeliest."
+)
+@click.option(
+    "--repetition-penalty", type=float, metavar="R", help="Above 1 discourages tokens that were there before."
+)
 @click.option("--seed", type=int, metavar="N", help="Sample the same tokens each time.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text comes; may be given several times.")
 @_DEVICE
@@ -128,6 +138,8 @@ def run(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     begun = time.perf_counter()
     model = load_bundle(bundle, device=device, threads=threads)
+    for name in model.bundle.manifest.flow.step:  # opened now, so that the first step's time is a step's
+        model.backend.program(name)
     loaded = time.perf_counter() - begun
     given = {name: value for name, value in options.items() if value is not None}
     if stop:
@@ -182,7 +194,9 @@ def speed(timings: Any, finish_reason: str | None) -> str:
 
 @cli.command(short_help="Show what a bundle holds and how its programs feed one another.")
 @_BUNDLE
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the drawing as SVG to FILE as well.")
+@click.option(
+    "--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the drawing as SVG to FILE as well."
+)
 @_JSON
 def inspect(bundle: Path, svg: Path | None, as_json: bool) -> None:
     """Show BUNDLE's programs with their roles, inputs and outputs, its sizes, and what was verified.
@@ -236,7 +250,12 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
         click.echo(f"OK  {files} files have the manifest's sha256")
     checks = verify_bundle(model)
     if as_json:
-        report = {"ok": True, "device": model.backend.device, "files": files, "cases": [asdict(check) for check in checks]}
+        report = {
+            "ok": True,
+            "device": model.backend.device,
+            "files": files,
+            "cases": [asdict(check) for check in checks],
+        }
         click.echo(json.dumps(report))
         return
     width = max(len(check.name) for check in checks)
@@ -248,8 +267,12 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
 
 @cli.command(short_help="Time a bundle: prompt, tokens per second, memory.")
 @_BUNDLE
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Length of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True, metavar="N", help="Tokens to generate.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Length of the prompt."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(2), default=32, show_default=True, metavar="N", help="Tokens to generate."
+)
 @_DEVICE
 @_THREADS
 @_JSON
@@ -281,7 +304,10 @@ def bench(
         ("prompt", f"{result.prompt_seconds:.3f} s for {result.prompt_tokens} tokens"),
         ("step", f"{result.step_milliseconds:.2f} ms per token (median), {result.tokens_per_second:.1f} tokens/s"),
         ("loop", f"{result.loop_share:.1%} of the time is spent outside the programs"),
-        ("memory", "unknown here" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.0f} MB at most resident"),
+        (
+            "memory",
+            "unknown here" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.0f} MB at most resident",
+        ),
     )
     for name, value in rows:
         click.echo(f"{name:<8}{value}")
@@ -293,7 +319,7 @@ def invoke(args: Sequence[str]) -> int:
         result = cli.main(args=list(args) or ["--help"], prog_name="genbundle", standalone_mode=False)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "genbundle"
-        return fail(f"{error.format_message()} (see `{path} --help`)")
+        return fail(f"{error.format_message().rstrip('.')}; see `{path} --help`")
     except click.ClickException as error:
         return fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

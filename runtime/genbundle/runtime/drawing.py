@@ -236,7 +236,8 @@ def as_svg(manifest: Manifest) -> str:
         widest, top = max(widest, width), bottom + _GAP
     title = escape(f"{manifest.model.name} for {manifest.backend}: how its programs feed one another")
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest}" height="{top}" viewBox="0 0 {widest} {top}" role="img">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest}" height="{top}" '
+        f'viewBox="0 0 {widest} {top}" role="img">\n'
         f"<title>{title}</title>\n<style>\n{_STYLE}\n</style>\n"
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z"/></marker></defs>\n'
@@ -269,7 +270,9 @@ def _pass_svg(item: Pass, top: int) -> tuple[list[str], int, int]:
         at = y + 15
         for place in arriving:
             lane = first_lane + 16 * lanes[place]
-            parts.append(f'<path class="wire" marker-end="url(#arrow)" d="M{lane},{starts[place]} V{at} H{right + 1}"/>')
+            parts.append(
+                f'<path class="wire" marker-end="url(#arrow)" d="M{lane},{starts[place]} V{at} H{right + 1}"/>'
+            )
             at += _ROW
         for place in leaving:
             lane = first_lane + 16 * lanes[place]

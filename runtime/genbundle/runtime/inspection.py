@@ -49,7 +49,7 @@ def _overview(bundle: Bundle) -> Iterable[tuple[str, str]]:
     yield "size", f"{size}; the model's weights, each once, are {megabytes(manifest.model.weight_bytes)}"
     yield "precision", manifest.precision
     held = "as many tokens as fit" if flow.capacity is None else f"up to {flow.capacity} tokens, prompt and generated"
-    batch = "any batch" if flow.batch is None else f"{flow.batch} sequence at a time" if flow.batch == 1 else f"batches up to {flow.batch}"
+    batch = {None: "any batch", 1: "one sequence at a time"}.get(flow.batch, f"batches up to {flow.batch}")
     yield "holds", f"{held}; {batch}"
     yield "state", _state(manifest)
     yield "text", _text(manifest)
@@ -102,10 +102,8 @@ def _verified(manifest: Manifest) -> Iterable[tuple[str, str]]:
         return
     yield "verified", f"on {report.provider} against the original model, tokens equal in {len(report.checks)} cases:"
     for check in report.checks:
-        yield "", (
-            f"{check.name}: {check.batch} x {check.prompt_length} + {check.new_tokens} tokens, largest logit difference "
-            f"{check.max_logit_difference:.1e}"
-        )
+        size = f"{check.batch} x {check.prompt_length} + {check.new_tokens} tokens"
+        yield "", f"{check.name}: {size}, largest logit difference {check.max_logit_difference:.1e}"
     if report.pending:
         yield "pending", report.pending
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import InputError, Manifest
+from genbundle.bundles import BundleError, InputError, Manifest
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
-from genbundle.runtime.positions import POSITION_INPUTS, position_ids
+from genbundle.runtime.positions import POSITION_INPUTS, POSITION_RULES, position_ids
 from genbundle.runtime.preparers import PREPARERS
 from genbundle.runtime.program import Backend, Tensor
 from genbundle.runtime.state import State
@@ -38,6 +38,7 @@ class Wiring:
             for program in manifest.programs
         }
         self.user_inputs = self._known_inputs()
+        self._check()
 
     def prompt(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, Sequences]:
         """Run the prompt's programs: logits `[batch, vocabulary]` of the last position, and the sequences to go on.
@@ -65,6 +66,26 @@ class Wiring:
     def state_outputs(self, name: str) -> Mapping[str, str]:
         """A program's outputs that replace state, with the state entry's name."""
         return self._states[name]
+
+    def _check(self) -> None:
+        """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
+        for program in self.manifest.programs:
+            for item in program.inputs:
+                known = {"position": POSITION_RULES, "prepared": PREPARERS}.get(item.source.kind)
+                if known is not None and item.source.rule not in known:
+                    raise BundleError(
+                        f"{program.name!r}'s input {item.name!r} needs the {item.source.kind} rule {item.source.rule!r}, "
+                        f"known here are {', '.join(known)}: upgrade genbundle"
+                    )
+        for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
+            given: set[str] = set()
+            for name in names:
+                for item in self._entries[name].inputs:
+                    if item.source.kind == "output" and item.source.name not in given:
+                        raise BundleError(f"{name!r} needs the output {item.source.name!r}, which no program before it gives")
+                given |= {output.name for output in self._entries[name].outputs}
+            if "logits" not in given:
+                raise BundleError(f"the programs {list(names)} give no logits")
 
     def _route(self, inputs: Mapping[str, np.ndarray]) -> Route:
         given = {name for name in inputs if name not in TEXT_INPUTS}

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.exporting import quiet
 from genbundle.builder.formats import Exported
+from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder, head_of
 from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
