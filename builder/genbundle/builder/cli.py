@@ -183,6 +183,6 @@ def demo(
       genbundle demo --question "How many stars are there?" --question "What is on the left?"
     """
     with kept_log():
-        with needs_builder("demo"), quiet():
+        with needs_builder("demo"):
             from genbundle.builder.demo.show import show
         show(backend=backend, output=output, questions=questions, image_out=image_out, seed=seed, rebuild=rebuild)

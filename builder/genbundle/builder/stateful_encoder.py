@@ -80,6 +80,13 @@ class PictureEncoder(torch.nn.Module):
         features, *levels = (output.reshape(-1, output.shape[-1]) for output in outputs.values())
         return (features[None], torch.stack(levels)) if levels else features[None]
 
+    @property
+    def needs(self) -> set[str]:
+        """The generation inputs that the encoder's inputs come from."""
+        sources = self.component.sources.values()
+        given = {source.name for source in sources if source.kind == "user" and source.name is not None}
+        return given | {name for source in sources for name in source.options.get("inputs", ())}
+
     def picture(self) -> tuple[torch.Tensor, ...]:
         """The first picture of the sample."""
         rows = int(self.component.sample[_OFFSETS][1]) if self.packed else 1

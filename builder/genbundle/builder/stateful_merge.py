@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import DecoderCall, decoder_of
 from genbundle.builder.stateful_attention import stateful_attention
 from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Input, Source
 
 Inputs = Mapping[str, torch.Tensor]
 _DEEPSTACK = {"visual_pos_masks", "deepstack_visual_embeds"}
@@ -174,6 +176,34 @@ def check_scatter(scatter: Scatter, inputs: Inputs, found: list[torch.Tensor], s
                     "instance cpu"
                 )
         first += count
+
+
+def fixed_inputs(captures: list[Capture], known: set[str]) -> tuple[Input, ...]:
+    """Inputs of the captured generations that no program takes: each must be one number, which the runtime insists on.
+
+    PaliGemma's token_type_ids, all 0 in a prompt, and a pixel_attention_mask without padding are such. Raises
+    UnsupportedModelError for an input that holds different numbers.
+    """
+    found = []
+    for name, tensor in captures[0].inputs.items():
+        if name in known:
+            continue
+        values = [
+            item.inputs[name][_mask_of(item.inputs)]
+            if tensor.shape == captures[0].inputs["input_ids"].shape
+            else item.inputs[name]
+            for item in captures
+        ]
+        numbers = torch.cat([value.flatten() for value in values]).unique()
+        if len(numbers) != 1:
+            raise UnsupportedModelError(
+                f"language_model: the input {name!r} has no explanation on the xnnpack backend, and isn't one number "
+                "throughout: build for another backend, for instance cpu"
+            )
+        shape = tuple(f"{name}_{axis}" for axis in range(tensor.dim()))
+        source = Source(kind="user", name=name, options={"equals": numbers[0].item()})
+        found.append(Input(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=shape, source=source))
+    return tuple(found)
 
 
 def _mask_of(inputs: Inputs) -> torch.Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import click
 from PIL import Image
 
-from genbundle.builder.build import build_bundle
 from genbundle.builder.cli import display, lines
 from genbundle.builder.demo.scenes import (
     Scene,
@@ -22,8 +21,10 @@ from genbundle.builder.demo.scenes import (
     random_question,
     training_scene,
 )
+from genbundle.builder.noise import quiet
 from genbundle.bundles import Bundle, BundleError, open_bundle
 from genbundle.runtime import Model, Timings, load_bundle
+from genbundle.runtime.cli import needs_builder
 from genbundle.runtime.verify import verify_bundle
 
 MODEL = Path(__file__).parent / "model"
@@ -77,13 +78,16 @@ def ready_bundle(backend: str, output: Path | None, *, rebuild: bool) -> tuple[M
             click.echo(f"Using {display(path)}, built earlier and verified again just now.")
             return model, bundle
     click.echo(f"Building the demo model's bundle for {backend}: {display(path)}")
+    with needs_builder("demo"), quiet():
+        from genbundle.builder.build import build_bundle
     bundle = build_bundle(MODEL, sample_inputs(), backend, output=path, overwrite=path.exists())
     return load_bundle(bundle), bundle
 
 
 def sample_inputs() -> list[dict[str, Any]]:
     """Generate kwargs for two pictures with a question each, made by the model's own processor."""
-    from transformers import AutoProcessor
+    with quiet():
+        from transformers import AutoProcessor
 
     processor, rng, samples = AutoProcessor.from_pretrained(MODEL), Random(0), []
     for question in ("Is there a star?", "How many yellow shapes are there?"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from statistics import mean
 
 import torch
 import transformers
@@ -105,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     processor = make_processor()
     if options.start:
-        model = AutoModelForImageTextToText.from_pretrained(options.start)
+        model = LlavaForConditionalGeneration.from_pretrained(options.start)
     else:
         model = make_model(processor.tokenizer)
     processor.save_pretrained(options.out)
@@ -125,16 +126,20 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, optio
     """Train with checkpoints in `options.out`; return the minutes it took."""
     # What each patch shows is a cheap extra lesson: the vision tower learns from it long before the answers do.
     patch_kinds = (len(SHAPES) + 1, len(COLORS) + 1, GRID**2)
-    patch_lesson = torch.nn.Linear(model.config.text_config.hidden_size, sum(patch_kinds))
-    model.model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, seen: patches.append(seen))
+    patch_lesson = torch.nn.Linear(model.lm_head.in_features, sum(patch_kinds))
     patches: list[torch.Tensor] = []
+
+    def keep_patches(_module, _inputs, output: torch.Tensor) -> None:
+        patches.append(output)
+
+    model.model.multi_modal_projector.register_forward_hook(keep_patches)
 
     learned = [*model.parameters(), *patch_lesson.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.rate, total_steps=options.steps, pct_start=0.1, cycle_momentum=False
     )
-    started, totals = time.monotonic(), Counter()
+    started, losses = time.monotonic(), []
     model.train()
     if options.compile:
         model.model.language_model.compile()
@@ -143,17 +148,18 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, optio
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         answer_loss = F.cross_entropy(model.lm_head(hidden[answers]), targets)
         guesses = patch_lesson(patches.pop()).split(patch_kinds, dim=-1)
-        patch_loss = sum(F.cross_entropy(guess.flatten(0, 1), kind) for guess, kind in zip(guesses, shown, strict=True))
+        errors = [F.cross_entropy(guess.flatten(0, 1), kind) for guess, kind in zip(guesses, shown, strict=True)]
+        patch_loss = torch.stack(errors).sum()
         optimizer.zero_grad()
         (answer_loss + 0.3 * patch_loss).backward()
         clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
-        totals += Counter(steps=1, answers=answer_loss.item(), patches=patch_loss.item())
+        losses.append((answer_loss.item(), patch_loss.item()))
         if step % 100 == 0:
-            means = "  ".join(f"{name} {totals[name] / totals['steps']:.4f}" for name in ("answers", "patches"))
-            print(f"step {step}  {means}  {time.monotonic() - started:.0f} s", flush=True)
-            totals.clear()
+            answers_mean, patches_mean = map(mean, zip(*losses[-100:], strict=True))
+            seconds = time.monotonic() - started
+            print(f"step {step}  answers {answers_mean:.4f}  patches {patches_mean:.4f}  {seconds:.0f} s", flush=True)
         if step % 500 == 0 or step == options.steps:
             model.save_pretrained(options.out)
     return (time.monotonic() - started) / 60

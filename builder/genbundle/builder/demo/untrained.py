@@ -86,7 +86,7 @@ def make_processor() -> LlavaProcessor:
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """An untrained model: three vision layers, a projector, four decoder layers."""
-    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
+    end, pad, image = (SPECIAL_TOKENS.index(token) for token in (END, PAD, IMAGE))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=96,

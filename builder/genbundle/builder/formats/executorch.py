@@ -18,9 +18,17 @@ from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder, head_of
 from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
-from genbundle.builder.stateful_merge import Scatter, TokenEmbedding, check_scatter, probe_call, text_alone
+from genbundle.builder.stateful_merge import (
+    Scatter,
+    TokenEmbedding,
+    check_scatter,
+    fixed_inputs,
+    probe_call,
+    text_alone,
+)
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
+from genbundle.runtime.positions import POSITION_INPUTS
 
 PROGRAM_FILE = "model.pte"
 _TOKENS = Input(name="tokens", dtype="int64", shape=(1, "sequence"), source=Source(kind="tokens"))
@@ -165,14 +173,20 @@ def _image_text(
         ),
     }
     text = text_alone(model, captures[0].inputs, placeholder, call)
-    programs, flow = _image_text_programs(decoder, encoder, positions, width, text)
+    read = {*encoder.needs, *(POSITION_INPUTS.get(positions.rule or "", ()) if positions is not None else ())}
+    fixed = fixed_inputs(captures, {"input_ids", "attention_mask", *read})
+    programs, flow = _image_text_programs(decoder, encoder, positions, width, text, fixed)
     return Exported(programs=programs, flow=flow, notes=_notes(model)), methods
 
 
 def _image_text_programs(
-    decoder: StatefulDecoder, encoder: PictureEncoder, positions: Source | None, width: int, text: DecoderCall | None
-) -> tuple[tuple[Program, ...], Flow]:
-    """The manifest's programs and flow; `text` is how the decoder is called for a prompt without pictures."""
+    decoder: StatefulDecoder, encoder: PictureEncoder, positions: Source | None, width: int, text: DecoderCall | None,
+    fixed: tuple[Input, ...],
+) -> tuple[tuple[Program, ...], Flow]:  # fmt: skip
+    """The manifest's programs and flow.
+
+    text: how the decoder is called for a prompt without pictures. fixed: inputs that are checked and go no further.
+    """
     call, component = decoder.call, encoder.component
     features = Output(name="image_features", dtype="float32", shape=(1, "features", width))
     embeds = Output(name="inputs_embeds", dtype="float32", shape=(1, "sequence", width))
@@ -189,7 +203,7 @@ def _image_text_programs(
         outputs=(features, levels) if deep else (features,),
     )
     merged = (embeds, dense) if deep else (embeds,)
-    merge_inputs = (_TOKENS, _fed(features), *((_fed(levels),) if deep else ()))
+    merge_inputs = (_TOKENS, _fed(features), *((_fed(levels),) if deep else ()), *fixed)
     merge = _program("merge", "merge", ("merge",), merge_inputs, merged)
     embedding = _program("token_embedding", "token_embedding", ("merge",), (_TOKENS,), merged)
     prompt = _program(
@@ -206,9 +220,8 @@ def _image_text_programs(
         _decoder_inputs(embeds, dense, positions, call, 0),
         (_logits(decoder),),
     )
-    needs = {source.name for source in component.sources.values() if source.kind == "user"}
-    needs |= {name for source in component.sources.values() for name in source.options.get("inputs", ())}
-    routes = [Route(programs=(encode.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))]
+    needs = tuple(sorted({*encoder.needs, *(item.name for item in fixed)}))
+    routes = [Route(programs=(encode.name, "merge", "prompt"), needs=needs)]
     if text is not None:
         routes.append(Route(programs=("token_embedding", "prompt" if text.both_ways else "decode")))
     flow = Flow(

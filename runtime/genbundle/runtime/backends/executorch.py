@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import Bundle, EngineError, MissingExtraError
+from genbundle.bundles import Bundle, EngineError, InputError, MissingExtraError
 from genbundle.bundles.manifest import Program
 from genbundle.runtime.program import Tensor
 
@@ -18,7 +18,7 @@ from genbundle.runtime.program import Tensor
 def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "ExecuTorchBackend":
     """Open an `xnnpack` bundle, which runs on the CPU.
 
-    threads: the size of ExecuTorch's thread pool, of which there is one in a process: it is resized for every bundle.
+    threads: the size of ExecuTorch's thread pool. There is one in a process, and only its first bundle can set it.
     """
     if device not in (None, "cpu"):
         raise EngineError(f"unknown device {device!r}: an xnnpack bundle runs on 'cpu'")
@@ -32,9 +32,7 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
             from executorch.runtime import Runtime
     except ImportError:
         raise _missing() from None
-    if threads is not None:
-        # Unsafe while a program runs, which nothing does that this thread waits for.
-        _portable_lib._unsafe_reset_threadpool(threads)
+    _set_threads(_portable_lib, threads)
     return ExecuTorchBackend(Runtime.get(), bundle)
 
 
@@ -42,6 +40,7 @@ class ExecuTorchBackend:
     """A bundle's methods, loaded one by one as they are needed; each .pte file is opened once."""
 
     device = "cpu"
+    started = False  # whether any method was loaded in this process: it keeps the thread pool that it found
 
     def __init__(self, runtime: Any, bundle: Bundle):
         self._runtime, self._bundle = runtime, bundle
@@ -65,6 +64,7 @@ class ExecuTorchBackend:
 
     def _load(self, file: str, method: str) -> Any:
         path, log = self._bundle.file(file), io.StringIO()
+        ExecuTorchBackend.started = True
         try:
             # ExecuTorch logs through sys.stderr: why a load failed, and on first use five lines about the processor.
             with redirect_stderr(log):
@@ -84,18 +84,25 @@ class ExecuTorchProgram:
 
     A method takes one picture (or frame) at a time. The option `pieces` of an input's source divides it: "each" takes
     one row per call, "cu_seqlens" the rows between two of that input's offsets; the input marked "offsets" itself goes
-    into no call. The outputs are joined along their first symbolic axis.
+    into no call. The outputs are joined along their first symbolic axis. The option `equals` marks an input that the
+    method doesn't take: its numbers must all be that one.
     """
 
     def __init__(self, entry: Program, method: Any):
         self._entry, self._method = entry, method
         self._pieces = {item.name: item.source.options.get("pieces") for item in entry.inputs}
-        self._names = [name for name, pieces in self._pieces.items() if pieces != "offsets"]
+        self._fixed = {
+            item.name: item.source.options["equals"] for item in entry.inputs if "equals" in item.source.options
+        }
+        self._names = [name for name, pieces in self._pieces.items() if pieces != "offsets" and name not in self._fixed]
         self._outputs = [output.name for output in entry.outputs]
         self._axes = [next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the method, as often as there are pieces; EngineError when it fails."""
+        """Run the method, as often as there are pieces; EngineError when it fails, InputError for a fixed input."""
+        for name, value in self._fixed.items():
+            if not (inputs[name] == value).all():
+                raise InputError(f"{name}: this bundle takes prompts whose {name} is {value} throughout")
         if not any(self._pieces.values()):
             return dict(zip(self._outputs, self._run(inputs), strict=True))
         results = [self._run(part) for part in self._parts(inputs)]
@@ -143,6 +150,19 @@ def _check_version(bundle: Bundle) -> None:
             f"{bundle.path}: its .pte was built for ExecuTorch {written}, and {installed} is installed: "
             f"pip install 'executorch=={written}', or build the bundle again with {installed}"
         )
+
+
+def _set_threads(portable_lib: Any, threads: int | None) -> None:
+    """Resize the process's thread pool; EngineError where a method that was loaded before is bound to another size."""
+    if threads is None or portable_lib._threadpool_get_thread_count() == threads:
+        return
+    if ExecuTorchBackend.started:
+        raise EngineError(
+            f"ExecuTorch runs on {portable_lib._threadpool_get_thread_count()} threads in this process and can't change "
+            f"that after a bundle was opened: load with threads={threads} first, or in a process of its own"
+        )
+    with redirect_stderr(io.StringIO()):
+        portable_lib._unsafe_reset_threadpool(threads)
 
 
 def _missing() -> MissingExtraError:
