@@ -96,7 +96,7 @@ def runtime(bundle: Path) -> dict:
     return result
 
 
-def bare_session(model, context: int) -> float:  # noqa: ANN001
+def bare_session(model, context: int) -> float:
     """Milliseconds of a bare `session.run` of the step's program at this context."""
     import numpy as np
 
@@ -119,10 +119,13 @@ def bare_session(model, context: int) -> float:  # noqa: ANN001
 def import_time() -> dict:
     """Seconds of `import genbundle.runtime`, and which engines that loads (none)."""
     code = (
-        "import time, sys; t = time.perf_counter(); import genbundle.runtime; s = time.perf_counter() - t; import json; "
-        "print(json.dumps([s, [m for m in ('onnxruntime', 'torch', 'transformers') if m in sys.modules]]))"
+        "import time, sys; t = time.perf_counter(); import genbundle.runtime; s = time.perf_counter() - t; "
+        "import json; print(json.dumps([s, [m for m in ('onnxruntime', 'torch', 'transformers') if m in sys.modules]]))"
     )
-    runs = [json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(5)]
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(5)
+    ]
     return {"seconds": statistics.median(run[0] for run in runs), "engines loaded": runs[0][1]}
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-
-from genbundle.builder import build_bundle
-from genbundle.builder import build as build_module
-from genbundle.bundles import BuildError, UnsupportedModelError, VerificationError
 from tests.zoo import models
+
+from genbundle.builder import build as build_module
+from genbundle.builder import build_bundle
+from genbundle.bundles import BuildError, UnsupportedModelError, VerificationError
 
 
 class Mystery(hf.LlamaForCausalLM):
@@ -54,7 +54,9 @@ def test_arguments(arguments, error, message, tmp_path):
 def test_model_that_cannot_generate(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=20))
-    with pytest.raises(UnsupportedModelError, match="BertModel can't generate: give a model with a language-modeling head"):
+    with pytest.raises(
+        UnsupportedModelError, match="BertModel can't generate: give a model with a language-modeling head"
+    ):
         build_bundle(model, output=tmp_path / "b", progress=False)
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tests.zoo import models
 from transformers import vision_utils
 
 from genbundle.runtime.positions import position_ids
 from genbundle.runtime.preparers import real_images, vision_grid
-from tests.zoo import models
 
 GRIDS = [[[1, 4, 6]], [[1, 8, 2], [1, 4, 4]], [[3, 6, 4], [1, 2, 10], [2, 4, 4]]]
 
@@ -37,7 +37,10 @@ def test_real_images_drops_padding_pictures():
 def test_mrope_counts_as_the_model_does():
     """Two prompts of other lengths, one padded, with pictures of other grids."""
     model = models.make("qwen3_vl")
-    rows = [models.image_inputs("qwen3_vl", 3, 2, grid=(1, 4, 6)), models.image_inputs("qwen3_vl", 6, 5, grid=(1, 8, 4))]
+    rows = [
+        models.image_inputs("qwen3_vl", 3, 2, grid=(1, 4, 6)),
+        models.image_inputs("qwen3_vl", 6, 5, grid=(1, 8, 4)),
+    ]
     longest = max(row["input_ids"].shape[1] for row in rows)
     inputs = {
         name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0)) for row in rows])

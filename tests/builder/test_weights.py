@@ -38,7 +38,9 @@ def test_pool_writes_the_same_bytes_again(tmp_path):
 def _tied_model() -> tuple[ir.Model, np.ndarray]:
     table = np.random.default_rng(0).standard_normal((50, 16), np.float32)
     ids = ir.val("ids", dtype=ir.DataType.INT64, shape=[3])
-    embedding = ir.val("embedding", const_value=ir.tensor(table, name="embedding"), dtype=ir.DataType.FLOAT, shape=[50, 16])
+    embedding = ir.val(
+        "embedding", const_value=ir.tensor(table, name="embedding"), dtype=ir.DataType.FLOAT, shape=[50, 16]
+    )
     head = ir.val("head", const_value=ir.tensor(table.T.copy(), name="head"), dtype=ir.DataType.FLOAT, shape=[16, 50])
     gather = ir.node("Gather", [embedding, ids])
     multiply = ir.node("MatMul", [gather.outputs[0], head])

@@ -37,7 +37,9 @@ def program(name: str = "decode", **changes: Any) -> Program:
                 shape=("batch", "sequence"),
                 source=Source(kind="position", rule="cumsum", options={"start": 2}),
             ),
-            Input(name="past", dtype="float32", shape=("batch", 2, "past", 8), source=Source(kind="state", name="0.key")),
+            Input(
+                name="past", dtype="float32", shape=("batch", 2, "past", 8), source=Source(kind="state", name="0.key")
+            ),
         ),
         "outputs": (
             Output(name="logits", dtype="float32", shape=("batch", 1, 50)),

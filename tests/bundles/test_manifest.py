@@ -41,7 +41,12 @@ def test_golden_bytes():
     assert list(value) == [
         "format", "version", "backend", "model", "flow", "programs", "state", "generation", "files", "weights",
     ]  # fmt: skip
-    assert value["flow"] == {"prompt": [{"programs": ["decode"]}], "step": ["decode"], "continues": True, "capacity": 64}
+    assert value["flow"] == {
+        "prompt": [{"programs": ["decode"]}],
+        "step": ["decode"],
+        "continues": True,
+        "capacity": 64,
+    }
     assert value["programs"][0]["inputs"] == [
         {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"], "source": {"kind": "tokens"}}
     ]
@@ -85,8 +90,8 @@ def test_a_newer_version_is_told_apart_before_anything_else():
     with pytest.raises(BundleVersionError) as raised:
         Manifest.from_json('{"format": "genbundle", "version": 2, "new": "things"}')
     assert str(raised.value) == (
-        "this bundle is of format version 2, newer than the 1 that is read here: upgrade genbundle, or build the bundle "
-        "again with this version"
+        "this bundle is of format version 2, newer than the 1 that is read here: upgrade genbundle, or build the "
+        "bundle again with this version"
     )
 
 
@@ -116,9 +121,21 @@ def change(path, value):
             "Expected one of 'encoder', 'projector', 'merge', 'language_model', 'lm_head', 'decode', got 'director' - "
             "at `$.programs[0].roles[1]`",
         ),
-        (("programs", 0, "inputs", 0, "dtype"), "int65", "Expected a dtype name, got 'int65' - at `$.programs[0].inputs[0].dtype`"),
-        (("programs", 0, "outputs", 1, "shape", 1), -2, "Expected sizes of at least 0 - at `$.programs[0].outputs[1].shape`"),
-        (("programs", 0, "inputs", 2, "source"), {"kind": "state"}, "Missing field `name` - at `$.programs[0].inputs[2].source`"),
+        (
+            ("programs", 0, "inputs", 0, "dtype"),
+            "int65",
+            "Expected a dtype name, got 'int65' - at `$.programs[0].inputs[0].dtype`",
+        ),
+        (
+            ("programs", 0, "outputs", 1, "shape", 1),
+            -2,
+            "Expected sizes of at least 0 - at `$.programs[0].outputs[1].shape`",
+        ),
+        (
+            ("programs", 0, "inputs", 2, "source"),
+            {"kind": "state"},
+            "Missing field `name` - at `$.programs[0].inputs[2].source`",
+        ),
         (
             ("programs", 0, "inputs", 2, "source", "name"),
             "9.key",
@@ -147,14 +164,27 @@ def change(path, value):
         (("files", "decode.onnx", "size"), -1, "Expected a size and a sha256 - at `$.files.decode.onnx`"),
         (("files", "decode.onnx", "sha256"), "abc", "Expected a size and a sha256 - at `$.files.decode.onnx`"),
     ],
-)  # fmt: skip
+)
 def test_rules(path, value, message):
     assert error_of(change(path, value)) == message
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/etc/passwd", "../outside", "a/../../b", "a//b", "./a", "a/.", "c:\\windows", "a\\b", "con:", "a\0b", "manifest.json"],
+    [
+        "",
+        "/etc/passwd",
+        "../outside",
+        "a/../../b",
+        "a//b",
+        "./a",
+        "a/.",
+        "c:\\windows",
+        "a\\b",
+        "con:",
+        "a\0b",
+        "manifest.json",
+    ],
 )
 def test_file_names_stay_inside(name):
     assert error_of(change(("files", name), {"size": 1, "sha256": "0" * 64})) == (
@@ -168,7 +198,9 @@ def test_programs_have_distinct_names():
 
 
 def test_every_route_is_checked():
-    flow = Flow(prompt=(Route(programs=("decode",)), Route(programs=("decode", "more"), needs=("pixels",))), step=("decode",))
+    flow = Flow(
+        prompt=(Route(programs=("decode",)), Route(programs=("decode", "more"), needs=("pixels",))), step=("decode",)
+    )
     assert error_of(manifest(files=FILES, flow=flow).to_json()) == (
         "Expected the name of a program, got 'more' - at `$.flow.prompt[1].programs`"
     )

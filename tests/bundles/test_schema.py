@@ -1,4 +1,4 @@
-"""docs/manifest.schema.json is what the dataclasses say; real manifests satisfy it. Run as a module to write it anew."""
+"""docs/manifest.schema.json is what the dataclasses say; real manifests satisfy it. Run as a module, it is written."""
 
 import json
 from pathlib import Path

@@ -31,16 +31,22 @@ TEXT: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES, head_dim=16)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SIZES, sliding_window=8)),
-    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)
+    ),
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)
     ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
+        hf.GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+        )
     ),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_SIZES)),
-    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 0], use_sliding_window=False)),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(
+        hf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 0], use_sliding_window=False)
+    ),
 }
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -138,7 +144,9 @@ def text_ids(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(5, 190, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def image_inputs(name: str, before: int = 4, after: int = 5, *, seed: int = 0, grid=(1, 4, 6)) -> dict[str, torch.Tensor]:
+def image_inputs(
+    name: str, before: int = 4, after: int = 5, *, seed: int = 0, grid=(1, 4, 6)
+) -> dict[str, torch.Tensor]:
     """Generate kwargs with one picture between two pieces of text."""
     generator = torch.Generator().manual_seed(seed)
     if name == "qwen3_vl":

@@ -1,8 +1,8 @@
 """Attention for export: the model's own code calls ours through transformers' attention registry.
 
-Two kinds of key-value cache layer stand in for the model's own. `PastLayer` appends, as a growing cache does, and serves
-any attention. `FusedLayer` leaves past and new apart, for ONNX Runtime's GroupQueryAttention, which appends by itself and
-reads grouped heads without repeating them.
+Two kinds of key-value cache layer stand in for the model's own. `PastLayer` appends, as a growing cache does, and
+serves any attention. `FusedLayer` leaves past and new apart, for ONNX Runtime's GroupQueryAttention, which appends
+by itself and reads grouped heads without repeating them.
 """
 
 import contextlib
@@ -28,6 +28,9 @@ _IGNORED = {"dropout", "position_ids", "cache_position", "use_cache", "output_at
 class PastLayer(DynamicLayer):
     """A growing layer that starts from given keys and values, `[batch, heads, past, head_dim]`."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
         self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
@@ -45,7 +48,9 @@ class FusedLayer(PastLayer):
         super().__init__(keys, values)
         self.updated: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new keys and values alone."""
         return key_states, value_states
 
@@ -63,7 +68,7 @@ class FusedLayer(PastLayer):
 
 def make_cache(model: PreTrainedModel, layers: list[PastLayer]) -> DynamicCache:
     """A cache over `layers`; sliding-window layers keep their whole past, the model's mask does the windowing."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     cache.layers = list(layers)
     return cache
 
@@ -88,9 +93,9 @@ def group_query_attention(cache: Callable[[], DynamicCache]) -> Callable:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         refuse_unknown(module, kwargs)
-        layer = cache().layers[module.layer_idx]  # pyright: ignore[reportArgumentType]
+        layer: Any = cache().layers[int(module.layer_idx)]  # pyright: ignore[reportArgumentType]
         batch, heads, length, width = query.shape
-        key_heads, past = key.shape[1], layer.keys.shape[2]  # pyright: ignore[reportOptionalMemberAccess]
+        key_heads, past = key.shape[1], layer.keys.shape[2]
         total = torch.scalar_tensor(0, dtype=torch.int32) + (past + length)
         total = total.to(torch.int32)
         attributes = {
@@ -103,14 +108,14 @@ def group_query_attention(cache: Callable[[], DynamicCache]) -> Callable:
         states = (batch, key_heads, past + length, width)
         output, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            [_flat(query), _flat(key), _flat(value), layer.keys, layer.values, (total - 1).to(torch.int32).expand(batch),
-             total, None, None, None, attention_mask],
+            [_flat(query), _flat(key), _flat(value), layer.keys, layer.values,
+             (total - 1).to(torch.int32).expand(batch), total, None, None, None, attention_mask],
             attributes,
             dtypes=[query.dtype] * 3,
             shapes=[(batch, length, heads * width), states, states],
             version=1,
         )  # fmt: skip
-        layer.updated = tuple(present)  # pyright: ignore[reportAttributeAccessIssue]
+        layer.updated = tuple(present)
         return output.reshape(batch, length, heads, width), None
 
     return attend
@@ -131,7 +136,7 @@ def _flat(states: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def attention(model: PreTrainedModel, attend: Callable | str) -> Iterator[None]:
     """Run `model`'s attention through `attend` (a function, or the name of a registered one) inside the block."""
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     if callable(attend):
         # An item of the registry's instance can be taken out again. Masks are only looked for among the registered
         # ones (masking_utils.py, `_preprocess_mask_arguments`), where our name for the plain additive mask stays.
@@ -155,12 +160,12 @@ class AttentionFacts:
 
 
 def observe_attention(model: PreTrainedModel, run: Callable[[], Any]) -> AttentionFacts:
-    """Run `run` with `model`'s attention watched: which layers call it, and whether GroupQueryAttention can stand in."""
+    """Run `run` with `model`'s attention watched: which layers call it, and if GroupQueryAttention can stand in."""
     layers: list[int] = []
     obstacles: list[str] = []
     eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attend(module: torch.nn.Module, query, key, value, attention_mask, **kwargs):  # noqa: ANN001
+    def attend(module: torch.nn.Module, query, key, value, attention_mask, **kwargs):
         layers.append(getattr(module, "layer_idx", -1))
         unknown = sorted(n for n, v in kwargs.items() if v is not None and n not in _IGNORED | _KNOWN)
         if unknown:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
-from genbundle.builder.loading import Loaded, load
 from genbundle.builder.image_text import image_text_components, image_token
+from genbundle.builder.loading import Loaded, load
 from genbundle.builder.plan import Capture, capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.programs import decoder_component, text_flow
@@ -97,7 +97,9 @@ def _check_settings(backend: str, precision: str, max_length: int | None, verify
     if backend not in BACKENDS:
         raise BuildError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if precision not in PRECISIONS[backend]:
-        raise BuildError(f"precision {precision!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}")
+        raise BuildError(
+            f"precision {precision!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}"
+        )
     if max_length is not None and (type(max_length) is not int or max_length < 2):
         raise BuildError(f"max_length: expected an integer of at least 2, got {max_length!r}")
     return Settings(backend=backend, precision=precision, max_length=max_length, verify=verify)
@@ -217,9 +219,7 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
     pending = None
     if manifest.backend == "cuda":
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
-    return replace(
-        manifest, verification=Verification(provider=runtime.backend.device, checks=checks, pending=pending)
-    )
+    return replace(manifest, verification=Verification(provider=runtime.backend.device, checks=checks, pending=pending))
 
 
 def _context_length(model: PreTrainedModel) -> int | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ _BACKEND = click.option(
 @click.option("--precision", default="fp32", show_default=True, metavar="NAME", help="Of weights and computation.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
 @click.option("--no-verify", is_flag=True, help="Skip the replay against the original model.")
-@click.option("--quiet", "no_progress", is_flag=True, help="No progress bar.")
+@click.option("--quiet", "no_progress", is_flag=True, help="No progress bar, which is shown on a terminal only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output; no progress bar.")
 def build(
     model: str, backend: str, output: Path | None, max_length: int | None, precision: str, overwrite: bool,
@@ -66,7 +67,7 @@ def build(
             from genbundle.builder import build_bundle
         bundle = build_bundle(
             model, backend=backend, output=output, max_length=max_length, precision=precision, overwrite=overwrite,
-            verify=not no_verify, progress=not (no_progress or as_json),
+            verify=not no_verify, progress=sys.stderr.isatty() and not (no_progress or as_json),
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report(bundle)))

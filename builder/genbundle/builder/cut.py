@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -24,16 +25,14 @@ def forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator
 def output_inside(module: torch.nn.Module, run: Callable[[], Any]) -> Any:
     """What `module` returns inside `run`.
 
-    `run` goes on with zeros for a batch of two, so that what it does afterwards is dead code, and a Python loop over the
-    output runs a fixed number of times. (An exception can't end it here: tracers don't survive one.)
+    `run` goes on with zeros for a batch of two, so that what it does afterwards is dead code, and a Python loop over
+    the output runs a fixed number of times. (An exception can't end it here: tracers don't survive one.)
     """
     original, found = module.forward, []
 
     def record(*args: Any, **kwargs: Any) -> Any:
         found.append(original(*args, **kwargs))
-        return torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]), found[0]
-        )
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]), found[0])
 
     with forward_of(module, record):
         run()
@@ -44,5 +43,5 @@ def output_inside(module: torch.nn.Module, run: Callable[[], Any]) -> Any:
 
 def leaves(output: Any) -> dict[str, torch.Tensor]:
     """The tensors of a module's output by path."""
-    flat, _ = torch.utils._pytree.tree_flatten_with_path(output)
-    return {torch.utils._pytree.keystr(path): leaf for path, leaf in flat if isinstance(leaf, torch.Tensor)}
+    flat, _ = pytree.tree_flatten_with_path(output)
+    return {pytree.keystr(path): leaf for path, leaf in flat if isinstance(leaf, torch.Tensor)}

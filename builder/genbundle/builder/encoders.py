@@ -111,7 +111,8 @@ class Tower(torch.nn.Module):
         if self.projector is not None:
             stages["projector"] = self.projector(leaves(stages["tower"])[self._feed])
         return {
-            name: leaves(stages[stage])[field].reshape(-1, *shape) for name, (stage, field, shape) in self._outputs.items()
+            name: leaves(stages[stage])[field].reshape(-1, *shape)
+            for name, (stage, field, shape) in self._outputs.items()
         }
 
 
@@ -121,7 +122,9 @@ class CutGetter(torch.nn.Module):
     The dealing out is a Python loop, which would bake the number of pictures into the program.
     """
 
-    def __init__(self, model: PreTrainedModel, getter: Callable[..., Any], last: torch.nn.Module, outputs: dict[str, tuple]):
+    def __init__(
+        self, model: PreTrainedModel, getter: Callable[..., Any], last: torch.nn.Module, outputs: dict[str, tuple]
+    ):
         super().__init__()
         self.model, self._getter, self._last, self._outputs = model, getter, (last,), outputs
         self.config = model.config
@@ -132,13 +135,20 @@ class CutGetter(torch.nn.Module):
         return {name: found[field].reshape(-1, *shape) for name, (field, shape) in self._outputs.items()}
 
 
-def encoder_component(model: PreTrainedModel, modality: str, captures: list[Capture], features: list[Features]) -> Component:
+def encoder_component(
+    model: PreTrainedModel, modality: str, captures: list[Capture], features: list[Features]
+) -> Component:
     """The encoder program of `modality`, giving `features`; UnsupportedModelError where neither seam gives them."""
     name = f"{modality}_encoder"
-    getter = getattr(model.base_model, f"get_{modality}_features", None) or getattr(model, f"get_{modality}_features", None)
+    getter = getattr(model.base_model, f"get_{modality}_features", None) or getattr(
+        model, f"get_{modality}_features", None
+    )
     if getter is None:
         raise UnsupportedModelError(f"{type(model).__name__}: no get_{modality}_features to make the {name} of")
-    wanted = [{item.name: item.read(capture.prompt["mm_encoder_outputs"][modality]) for item in features} for capture in captures]
+    wanted = [
+        {item.name: item.read(capture.prompt["mm_encoder_outputs"][modality]) for item in features}
+        for capture in captures
+    ]
     given = [_encoder_inputs(getter, capture) for capture in captures]
     steering = [key for key, value in given[0].items() if not value.is_floating_point() or value.dim() > 4]
     if steering:
@@ -182,10 +192,9 @@ def _encoder_inputs(getter: Callable[..., Any], capture: Capture) -> dict[str, t
 
 
 def _projector(model: PreTrainedModel) -> torch.nn.Module | None:
-    return next(
-        (found for owner in (model, model.base_model) for name in _PROJECTORS if (found := getattr(owner, name, None)) is not None),
-        None,
-    )  # fmt: skip
+    owners = (model, model.base_model)
+    found = (getattr(owner, name, None) for owner in owners for name in _PROJECTORS)
+    return next((module for module in found if module is not None), None)
 
 
 def _tower(model: PreTrainedModel, modality: str, getter: Callable, given: list, wanted: list) -> Component:
@@ -197,19 +206,24 @@ def _tower(model: PreTrainedModel, modality: str, getter: Callable, given: list,
     calls = [_watch(tower, projector, getter, inputs) for inputs in given]
     feed = _field_of(calls[0]["projector_input"], {"tower": calls[0]["tower"]}) if projector is not None else None
     if projector is not None and feed is None:
-        raise UnsupportedModelError(f"{type(model).__name__}: the {name}'s projector isn't fed by its tower, unexplained")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the {name}'s projector isn't fed by its tower, unexplained"
+        )
     outputs: dict[str, tuple] = {}
     for feature, value in wanted[0].items():
         found = _field_of(value, {stage: calls[0][stage] for stage in ("projector", "tower") if calls[0].get(stage)})
         if found is None:
-            raise UnsupportedModelError(f"{type(model).__name__}: {feature} is no output of the {name}'s tower or projector")
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {feature} is no output of the {name}'s tower or projector"
+            )
         outputs[feature] = (*found, value.shape[1:])
     # Upstream prepares what it finds under a marker's name, so a steering input goes by the user's name for it.
     aliases = {key: _user_name(value, given[0]) or key for key, value in calls[0]["kwargs"].items()}
     module = Tower(tower, projector, feed and feed[1], outputs, {alias: key for key, alias in aliases.items()}).eval()
     prepared = [prepare_inputs(tower, call["kwargs"]) for call in calls]
     tensors = [
-        {aliases.get(key, key): value for key, value in item.items() if isinstance(value, torch.Tensor)} for item in prepared
+        {aliases.get(key, key): value for key, value in item.items() if isinstance(value, torch.Tensor)}
+        for item in prepared
     ]
     own = [{key: item[key] for key in aliases.values()} for item in tensors]
     kept = {key for item in own for key in needed_inputs(module, item)}
@@ -267,12 +281,14 @@ def _field_of(value: torch.Tensor, stages: dict[str, dict[str, torch.Tensor]]) -
     """The stage and field whose tensor holds `value`, whatever its leading axes."""
     for stage, fields in stages.items():
         for field, tensor in fields.items():
-            if tensor.numel() == value.numel() and tensor.shape[-1] == value.shape[-1]:
-                if torch.equal(tensor.reshape(value.shape), value):
-                    return stage, field
+            fits = tensor.numel() == value.numel() and tensor.shape[-1] == value.shape[-1]
+            if fits and torch.equal(tensor.reshape(value.shape), value):
+                return stage, field
     return None
 
 
 def _expect_equal(name: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     if not same_tensors(found, expected):
-        raise UnsupportedModelError(f"the {name} cut out of the model doesn't give the features that the model computes")
+        raise UnsupportedModelError(
+            f"the {name} cut out of the model doesn't give the features that the model computes"
+        )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
+from transformers.exporters.configs import DynamoConfig, OnnxConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
 
 from genbundle.builder.noise import quiet
@@ -49,16 +51,14 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
     return dict(prepared)
 
 
-def to_exported_program(module: torch.nn.Module, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
+def to_exported_program(module: Any, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
     """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
     with quiet():
         exported = DynamoExporter().export(module, _copy(sample), DynamoConfig(dynamic_shapes=_shapes(sample, axes)))
     return exported.program
 
 
-def to_onnx(
-    module: torch.nn.Module, sample: dict[str, torch.Tensor], axes: Axes, provider: str | None
-) -> "onnx_ir.Model":
+def to_onnx(module: Any, sample: dict[str, torch.Tensor], axes: Axes, provider: str | None) -> "onnx_ir.Model":
     """`module(**sample)` as an ONNX model, dynamic along `axes` only, fused for `provider` ("cpu", "cuda" or None)."""
     config = OnnxConfig(dynamic_shapes=_shapes(sample, axes), ort_fusions=provider)  # pyright: ignore[reportArgumentType]
     with quiet():
@@ -66,7 +66,7 @@ def to_onnx(
     return exported.program
 
 
-def _copy(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy(sample: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     # Upstream's preparation writes into the dict that it is given.
     return dict(sample)
 

@@ -39,22 +39,31 @@ def image_text_components(
     features = _features(model, outputs[0], given[0], constants)
     merge = Merge(model, MODALITY, features, type(outputs[0]), constants)
     samples = [
-        {**inputs, **{item.name: item.read(output) for item in features}} for inputs, output in zip(given, outputs, strict=True)
+        {**inputs, **{item.name: item.read(output) for item in features}}
+        for inputs, output in zip(given, outputs, strict=True)
     ]
     with torch.no_grad():
         template = merge.called_with(samples[0])
         recorded = [tensors_of(merge.called_with(sample)) for sample in samples]
-    handed_through = {path: name for path, value in recorded[0].items() for name, item in samples[0].items() if value is item}
+    handed_through = {
+        path: name for path, value in recorded[0].items() for name, item in samples[0].items() if value is item
+    }
     merge.only = [path for path in recorded[0] if path not in handed_through]
     kept = needed_inputs(merge.eval(), samples[0])
-    sources = {**_prompt_sources(model, plan, captures, given), **{item.name: Source(kind="output", name=item.name) for item in features}}
+    sources = {
+        **_prompt_sources(model, plan, captures, given),
+        **{item.name: Source(kind="output", name=item.name) for item in features},
+    }
     encoder = encoder_component(model, MODALITY, captures, features)
     merged = Component(
         name="merge",
         roles=("merge",),
         module=merge,
         sample=kept,
-        axes={**name_axes(samples, sizes), **name_axes([{f"merged_{p}": v for p, v in item.items()} for item in recorded], sizes)},
+        axes={
+            **name_axes(samples, sizes),
+            **name_axes([{f"merged_{p}": v for p, v in item.items()} for item in recorded], sizes),
+        },
         sources={name: sources[name] for name in kept},
     )
     prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
@@ -123,7 +132,9 @@ def _constants(model: PreTrainedModel, captures: list[Capture]) -> dict[str, Any
         if name in _STATE or any(isinstance(value, torch.Tensor) for value in values):
             continue
         if any(value != values[0] for value in values):
-            raise UnsupportedModelError(f"{type(model).__name__}: the prompt's {name!r} differs between runs, unexplained")
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the prompt's {name!r} differs between runs, unexplained"
+            )
         if values[0] is not None:
             constants[name] = values[0]
     return constants
@@ -131,13 +142,17 @@ def _constants(model: PreTrainedModel, captures: list[Capture]) -> dict[str, Any
 
 def _prompt_tensors(item: Capture, like: Capture) -> dict[str, torch.Tensor]:
     """The tensors of a captured prompt, with the mask that generate drops when it is all ones."""
-    tensors = {name: value for name, value in item.prompt.items() if isinstance(value, torch.Tensor) and name not in _STATE}
+    tensors = {
+        name: value for name, value in item.prompt.items() if isinstance(value, torch.Tensor) and name not in _STATE
+    }
     if "attention_mask" in like.prompt and "attention_mask" not in tensors:
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
     return {name: tensors[name] for name in like.prompt if name in tensors}
 
 
-def _prompt_sources(model: PreTrainedModel, plan: Plan, captures: list[Capture], given: list[dict]) -> dict[str, Source]:
+def _prompt_sources(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], given: list[dict]
+) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for name in given[0]:
         if name in plan.sources:

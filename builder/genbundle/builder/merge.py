@@ -24,11 +24,13 @@ _FLAGS = {"use_cache", "past_key_values", "return_dict"}
 class Merge(torch.nn.Module):
     """`model`'s forward up to its language model: the tensors that it is called with, by their path.
 
-    Inputs are the forward's own (`input_ids` ...) and the features by name; `constants` are forward arguments that every
-    capture passed alike. `only` lists the paths that are outputs: those that aren't inputs handed through.
+    Inputs are the forward's own (`input_ids` ...) and the features by name; `constants` are forward arguments that
+    every capture passed alike. `only` lists the paths that are outputs: those that aren't inputs handed through.
     """
 
-    def __init__(self, model: PreTrainedModel, modality: str, features: list[Features], output_type: type, constants: Mapping):
+    def __init__(
+        self, model: PreTrainedModel, modality: str, features: list[Features], output_type: type, constants: Mapping
+    ):
         super().__init__()
         self.model, self.config = model, model.config
         self._modality, self._features, self._output_type = modality, features, output_type
@@ -72,7 +74,9 @@ class Prompt(torch.nn.Module):
     path. With `fused`, attention becomes GroupQueryAttention, which only traces.
     """
 
-    def __init__(self, model: PreTrainedModel, template: Mapping[str, Any], widths: list[tuple[int, int, int]], *, fused: bool):
+    def __init__(
+        self, model: PreTrainedModel, template: Mapping[str, Any], widths: list[tuple[int, int, int]], *, fused: bool
+    ):
         super().__init__()
         self.model, self.config, self.fused = model, model.config, fused
         self._template = {name: value for name, value in template.items() if name not in _FLAGS}
@@ -137,7 +141,9 @@ def _walk(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
         yield path, value
 
 
-def needed_features(model: PreTrainedModel, modality: str, output: Any, candidates: list[Features], run: Callable[[Any], dict]) -> list[Features]:
+def needed_features(
+    model: PreTrainedModel, modality: str, output: Any, candidates: list[Features], run: Callable[[Any], dict]
+) -> list[Features]:
     """Those feature fields without which the merge gives something else (or fails)."""
     expected = run(output)
     needed = []

@@ -20,7 +20,7 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """One eager generation: its inputs, and the kwargs of the model's forward for the prompt and for two steps at once."""
+    """One eager generation: its inputs, and the forward's kwargs for the prompt and for two steps at once."""
 
     inputs: Inputs
     prompt: dict[str, Any]
@@ -95,9 +95,12 @@ def _layers(item: Capture, name: str) -> tuple[Layer, ...]:
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
     layers = []
+    layer: Any
     for index, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
-            raise UnsupportedModelError(f"{name}: layer {index} keeps a {type(layer).__name__}, which can't be carried yet")
+            raise UnsupportedModelError(
+                f"{name}: layer {index} keeps a {type(layer).__name__}, which can't be carried yet"
+            )
         if layer.keys.dim() != 4 or layer.keys.shape[2] == 0:
             raise UnsupportedModelError(f"{name}: layer {index} keeps no keys of its own, which can't be carried yet")
         layers.append(

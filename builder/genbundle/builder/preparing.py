@@ -12,7 +12,9 @@ from genbundle.runtime.preparers import PREPARERS
 Inputs = dict[str, torch.Tensor]
 
 
-def explain_prepared(name: str, tower: torch.nn.Module, given: list[Inputs], samples: list[Inputs]) -> dict[str, Source]:
+def explain_prepared(
+    name: str, tower: torch.nn.Module, given: list[Inputs], samples: list[Inputs]
+) -> dict[str, Source]:
     """The source of each of the tower's inputs `samples`, from the user's inputs `given`; one pair per capture.
 
     A user's input as it is comes first, then each preparer's outputs; UnsupportedModelError names an input that neither

@@ -25,7 +25,9 @@ def decoder_component(model: PreTrainedModel, plan: Plan, captures: list[Capture
     module = Decoder(model, len(plan.layers), fused=fused, constants=plan.constants).eval()
     roles: tuple[Role, ...] = ("merge", "language_model", "lm_head", "decode")
     sample, axes, sources = text_sample(plan)
-    return with_past(Component(name="decode", roles=roles, module=module, sample=sample, axes=axes, sources=sources), plan)
+    return with_past(
+        Component(name="decode", roles=roles, module=module, sample=sample, axes=axes, sources=sources), plan
+    )
 
 
 def can_fuse(model: PreTrainedModel, plan: Plan, captures: list[Capture]) -> bool:

@@ -31,7 +31,9 @@ def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) ->
     result = []
     for sample in samples:
         if not isinstance(sample, Mapping):
-            raise BuildError(f"inputs: expected generate kwargs (a dict) or a list of them, got {type(sample).__name__}")
+            raise BuildError(
+                f"inputs: expected generate kwargs (a dict) or a list of them, got {type(sample).__name__}"
+            )
         tensors = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
         ids = tensors.get("input_ids")
         if ids is None or ids.dim() != 2:
@@ -130,8 +132,8 @@ def from_processor(model: PreTrainedModel, processor: Any) -> list[Inputs]:
                 encoded = processor(text=_question(processor, question), images=[picture], return_tensors="pt")
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
             raise BuildError(
-                f"inputs: {type(processor).__name__} makes none of a picture and a question ({first_line(error)}); give "
-                "generate kwargs"
+                f"inputs: {type(processor).__name__} makes none of a picture and a question "
+                f"({first_line(error)}); give generate kwargs"
             ) from error
         samples.append({name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)})
     return samples
@@ -146,7 +148,7 @@ def _question(processor: Any, question: str) -> str:
 
 
 def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
-    """Samples for the capture and held-out inputs, from what the caller gave or, for a text model, from its vocabulary."""
+    """Samples for the capture and held-out inputs, from what was given or, for a text model, its vocabulary."""
     maker, pad = SampleMaker(model), padding_token(model)
     if not given:
         capture = [left_padded([maker.text(5), maker.text(9)], pad), maker.text(6)]
@@ -170,7 +172,9 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     if both is not None and _generates(model, both):
         held_out["two pictures"] = both
     if single:
-        rows = [maker.other_content(maker.longer(sample, extra)) for sample, extra in ((last, 2), (first, 9), (first, 1))]
+        rows = [
+            maker.other_content(maker.longer(sample, extra)) for sample, extra in ((last, 2), (first, 9), (first, 1))
+        ]
         held_out["padded batch"] = left_padded(rows, pad)
     return Samples(capture=capture, held_out=held_out)
 
@@ -190,9 +194,10 @@ def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
 
 def _generates(model: PreTrainedModel, inputs: Inputs) -> bool:
     """Whether eager generation takes these inputs."""
+    generate: Any = model.generate
     try:
         with quiet(), torch.no_grad():
-            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            generate(**inputs, max_new_tokens=1, do_sample=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return False
     return True
@@ -203,13 +208,14 @@ def generates_from_text_alone(model: PreTrainedModel) -> bool:
 
     Some models mask a text differently once it is padded: no one program could replay both.
     """
+    generate: Any = model.generate
     maker = SampleMaker(model)
     alone = maker.text(4)
     padded = left_padded([alone, maker.text(6)], padding_token(model))
     try:
         with quiet(), torch.no_grad():
             logits = [
-                model.generate(
+                generate(
                     **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
                 ).logits[0][0]
                 for inputs in (alone, padded)

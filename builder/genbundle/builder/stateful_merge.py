@@ -188,12 +188,8 @@ def fixed_inputs(captures: list[Capture], known: set[str]) -> tuple[Input, ...]:
     for name, tensor in captures[0].inputs.items():
         if name in known:
             continue
-        values = [
-            item.inputs[name][_mask_of(item.inputs)]
-            if tensor.shape == captures[0].inputs["input_ids"].shape
-            else item.inputs[name]
-            for item in captures
-        ]
+        per_token = tensor.shape == captures[0].inputs["input_ids"].shape
+        values = [item.inputs[name][_mask_of(item.inputs)] if per_token else item.inputs[name] for item in captures]
         numbers = torch.cat([value.flatten() for value in values]).unique()
         if len(numbers) != 1:
             raise UnsupportedModelError(

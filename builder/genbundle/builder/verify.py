@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +16,26 @@ NEW_TOKENS = 12
 GOLDEN_LOGITS = 16
 
 
-def record(model: PreTrainedModel, name: str, inputs: Mapping[str, torch.Tensor], new_tokens: int = NEW_TOKENS) -> GoldenCase:
+def record(
+    model: PreTrainedModel, name: str, inputs: Mapping[str, torch.Tensor], new_tokens: int = NEW_TOKENS
+) -> GoldenCase:
     """Eager's greedy generation for `inputs` with every logit; UnsupportedModelError when generate refuses them."""
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
     config.update(max_new_tokens=new_tokens, max_length=None, return_dict_in_generate=True, output_logits=True)
     try:
         with quiet(), torch.no_grad():
-            output = model.generate(**{key: value.clone() for key, value in inputs.items()}, generation_config=config)
+            generate: Any = model.generate
+            output = generate(**{key: value.clone() for key, value in inputs.items()}, generation_config=config)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}.generate refuses the inputs {sorted(inputs)}: {first_line(error)}"
         ) from error
-    logits = torch.stack(output.logits, 1).float().numpy()  # pyright: ignore
+    logits = torch.stack(output.logits, 1).float().numpy()
     return GoldenCase(
         name=name,
         inputs={key: value.numpy() for key, value in inputs.items()},
-        sequences=output.sequences.numpy(),  # pyright: ignore
+        sequences=output.sequences.numpy(),
         top_ids=np.broadcast_to(np.arange(logits.shape[-1]), logits.shape),
         top_logits=logits,
         options={"max_new_tokens": new_tokens, "do_sample": False},

@@ -20,7 +20,11 @@ def decode(cls: type[T], value: Any, path: str = "$") -> T:
 def encode(value: Any) -> Any:
     """A dataclass as plain JSON values, leaving out fields that hold their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(item) for f in dataclasses.fields(value) if not _is_default(f, item := getattr(value, f.name))}
+        return {
+            f.name: encode(item)
+            for f in dataclasses.fields(value)
+            if not _is_default(f, item := getattr(value, f.name))
+        }
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -6,7 +6,8 @@ import numpy as np
 _BY_NAME: dict[str, np.dtype] = {
     name: np.dtype(name)
     for name in (
-        "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool",
+        "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
+        "bool",
     )
 }  # fmt: skip
 _BY_NAME["bfloat16"] = np.dtype(ml_dtypes.bfloat16)

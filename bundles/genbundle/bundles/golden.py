@@ -1,4 +1,4 @@
-"""Recorded inputs with the tokens and logits that eager gave: a bundle proves itself against them with no model near."""
+"""Recorded inputs with the tokens and logits that eager gave: a bundle proves itself by them with no model near."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ class GoldenCase:
     """One generation that eager did greedily.
 
     inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
-    `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of every
-    step and their tokens.
+    `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of
+    every step and their tokens.
     """
 
     name: str

@@ -37,8 +37,8 @@ class Timings:
 class Generation:
     """What `generate` returns.
 
-    sequences: int64 `[batch, prompt + new]`, what `PreTrainedModel.generate` returns. texts: the new tokens as text, one
-    per sequence (empty without a tokenizer). finish_reasons: "eos", "stop" or "length", one per sequence.
+    sequences: int64 `[batch, prompt + new]`, what `PreTrainedModel.generate` returns. texts: the new tokens as text,
+    one per sequence (empty without a tokenizer). finish_reasons: "eos", "stop" or "length", one per sequence.
     """
 
     sequences: np.ndarray
@@ -86,7 +86,7 @@ Stop = Callable[[int, int], bool]  # (row, token) -> whether the row's text has 
 
 
 def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.ndarray]:
-    """Generation inputs as numpy arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit."""
+    """Generation inputs as arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit."""
     arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
     ids = arrays.get("input_ids")
     if ids is None:
@@ -103,8 +103,8 @@ def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.n
     capacity = bundle.manifest.flow.capacity
     if capacity is not None and ids.shape[1] >= capacity:
         raise InputError(
-            f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, or "
-            "build the bundle with a larger max_length"
+            f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, "
+            "or build the bundle with a larger max_length"
         )
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
 

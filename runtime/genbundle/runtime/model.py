@@ -11,7 +11,7 @@ from genbundle.bundles import Bundle, InputError
 from genbundle.runtime.generate import Clock, Generation, Step, Stop, Timings, collect, complete_inputs, steps
 from genbundle.runtime.images import expand_placeholders, preprocess
 from genbundle.runtime.program import Backend
-from genbundle.runtime.sampling import OPTION_NAMES, GenerationOptions, options_from
+from genbundle.runtime.sampling import GenerationOptions, options_from
 from genbundle.runtime.text import StopStrings, StreamDecoder, TextProcessor
 from genbundle.runtime.wiring import TEXT_INPUTS, Wiring
 
@@ -39,7 +39,11 @@ class Model:
         return TextProcessor(self.bundle)
 
     def generate(
-        self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[str] | None = None, *, images: Any = None, **kwargs: Any
+        self,
+        prompt: str | Sequence[Mapping[str, Any]] | Sequence[str] | None = None,
+        *,
+        images: Any = None,
+        **kwargs: Any,
     ) -> Generation:
         """Generate from text, from chat messages, or from arrays (`input_ids=` and the model's other inputs).
 
@@ -129,7 +133,11 @@ class Model:
     def _encode(self, prompt: Any, images: Any) -> dict[str, np.ndarray]:
         """Token ids, mask and pixels for text, a list of texts or chat messages."""
         pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        chat = isinstance(prompt, Sequence) and not isinstance(prompt, str) and isinstance(next(iter(prompt), None), Mapping)
+        chat = (
+            isinstance(prompt, Sequence)
+            and not isinstance(prompt, str)
+            and isinstance(next(iter(prompt), None), Mapping)
+        )
         if chat:
             prompt, more = self._chat(prompt)
             pictures = [*more, *pictures]
@@ -200,6 +208,7 @@ def _expand(texts: Sequence[str], pictures: int, description: Any) -> list[str]:
     counts = [text.count(description.placeholder) for text in texts]
     if sum(counts) != pictures:
         raise InputError(
-            f"the prompt has {sum(counts)} picture placeholders ({description.placeholder}), {pictures} pictures were given"
+            f"the prompt has {sum(counts)} picture placeholders ({description.placeholder}), {pictures} pictures were "
+            "given"
         )
     return [expand_placeholders(text, count, description) for text, count in zip(texts, counts, strict=True)]

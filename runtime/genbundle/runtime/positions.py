@@ -1,8 +1,8 @@
 """Position rules: what position ids a prompt gets. A step continues each row from its last position.
 
-Each rule is `rule(inputs, options) -> int64 array` over generation inputs as numpy arrays (`input_ids`, `attention_mask`,
-both `[batch, length]`, and whatever else it names); the builder checks a rule against the model's own positions before
-it writes the rule's name into the manifest.
+Each rule is `rule(inputs, options) -> int64 array` over generation inputs as numpy arrays (`input_ids`,
+`attention_mask`, both `[batch, length]`, and whatever else it names); the builder checks a rule against the model's own
+positions before it writes the rule's name into the manifest.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ def vision_grid(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray
     merge = int(options["spatial_merge_size"])
     frames = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
     result = {"cu_seqlens": np.concatenate([[0], frames.cumsum()])}
-    positions = np.concatenate([_merge_order(*grid, merge) for grid in grids.tolist()])
+    positions = np.concatenate([_merge_order(time, height, width, merge) for time, height, width in grids.tolist()])
     result["position_ids"] = positions
     side = int(options.get("num_grid_per_side", 0))
     if side:
@@ -46,7 +46,7 @@ def vision_grid(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray
 
 def _merge_order(time: int, height: int, width: int, merge: int) -> np.ndarray:
     """Row and column of every patch `[time * height * width, 2]`, block after block of `merge` x `merge` patches."""
-    grid = np.stack(np.indices((height, width)), axis=-1)
+    grid = np.moveaxis(np.indices((height, width)), 0, -1)
     blocks = grid.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
     return np.tile(blocks.reshape(-1, 2), (time, 1))
 

@@ -56,7 +56,9 @@ def _compare(case: GoldenCase, taken: list[Step], new: np.ndarray, expected: np.
             if not ended and index < len(taken):
                 logits = taken[index].logits[row].astype(np.float32)
                 if not np.isfinite(logits[case.top_ids[row, index]]).all():
-                    raise VerificationError(f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers")
+                    raise VerificationError(
+                        f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers"
+                    )
                 difference = np.abs(logits[case.top_ids[row, index]] - case.top_logits[row, index])
                 worst = max(worst, float(difference.max()))
                 if worst > LOGIT_TOLERANCE * float(np.abs(case.top_logits[row, index]).max()):

@@ -74,15 +74,17 @@ class Wiring:
                 known = {"position": POSITION_RULES, "prepared": PREPARERS}.get(item.source.kind)
                 if known is not None and item.source.rule not in known:
                     raise BundleError(
-                        f"{program.name!r}'s input {item.name!r} needs the {item.source.kind} rule {item.source.rule!r}, "
-                        f"known here are {', '.join(known)}: upgrade genbundle"
+                        f"{program.name!r}'s input {item.name!r} needs the {item.source.kind} rule "
+                        f"{item.source.rule!r}, known here are {', '.join(known)}: upgrade genbundle"
                     )
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
             for name in names:
                 for item in self._entries[name].inputs:
                     if item.source.kind == "output" and item.source.name not in given:
-                        raise BundleError(f"{name!r} needs the output {item.source.name!r}, which no program before it gives")
+                        raise BundleError(
+                            f"{name!r} needs the output {item.source.name!r}, which no program before it gives"
+                        )
                 given |= {output.name for output in self._entries[name].outputs}
             if "logits" not in given:
                 raise BundleError(f"the programs {list(names)} give no logits")
@@ -158,7 +160,8 @@ class _Call:
         if source.kind == "prepared":
             return self._prepare(source)[source.name or ""].astype(numpy_dtype(item.dtype))
         if source.kind == "constant":
-            return np.full(item.shape, source.value, numpy_dtype(item.dtype))
+            sizes = [size for size in item.shape if isinstance(size, int)]
+            return np.full(sizes, source.value, numpy_dtype(item.dtype))
         return self._user(item, program)
 
     def _user(self, item: Input, program: str) -> np.ndarray:
@@ -201,10 +204,15 @@ class _Call:
         if images is None or images.token_id is None or entry.modality != "image":
             return
         features = self.wiring.backend.to_numpy(outputs[entry.outputs[0].name])
-        found, placeholders = features.size // features.shape[-1], int((self.inputs["input_ids"] == images.token_id).sum())
+        found, placeholders = (
+            features.size // features.shape[-1],
+            int((self.inputs["input_ids"] == images.token_id).sum()),
+        )
         if found != placeholders:
             per_image = images.tokens_per_image
-            detail = f" ({placeholders / per_image:g} pictures' worth, {found / per_image:g} given)" if per_image else ""
+            detail = (
+                f" ({placeholders / per_image:g} pictures' worth, {found / per_image:g} given)" if per_image else ""
+            )
             raise InputError(
                 f"the prompt holds {placeholders} image tokens, the pictures give {found} features{detail}: "
                 "one placeholder is needed for each picture"

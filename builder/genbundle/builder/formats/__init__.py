@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from genbundle.builder.components import Component, dtype_of, shape_of
 from genbundle.builder.exporting import first_line
@@ -18,7 +18,7 @@ class Exported:
 
     programs: tuple[Program, ...]
     state: tuple[State, ...] = ()
-    flow: Flow | None = None
+    flow: Flow = field(default_factory=lambda: Flow(prompt=(), step=()))
     weights: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -37,7 +37,9 @@ def naming(component: Component) -> Iterator[None]:
         ) from error
 
 
-def describe_inputs(component: Component, read: Collection[str | None], rename: Callable[[str], str]) -> tuple[Input, ...]:
+def describe_inputs(
+    component: Component, read: Collection[str | None], rename: Callable[[str], str]
+) -> tuple[Input, ...]:
     """The manifest's inputs of a component, in its sample's order, without those that its program doesn't read."""
     return tuple(
         Input(

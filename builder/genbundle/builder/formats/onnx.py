@@ -13,6 +13,7 @@ from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPoo
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Output, Program, State
 
+
 def export_onnx(components: Iterable[Component], folder: Path, provider: str, progress: Progress) -> Exported:
     """Write one .onnx per component below `folder` and the weights they share, each once.
 
@@ -73,13 +74,13 @@ def _share(model: ir.Model, pool: WeightPool) -> list[tuple[ir.Value, str]]:
 
 
 def _expect_dynamic(model: ir.Model, component: Component) -> None:
-    """UnsupportedModelError where the tracer fixed an axis that has to vary: such a program would be wrong elsewhere."""
+    """UnsupportedModelError where the tracer fixed an axis that has to vary: elsewhere the program would be wrong."""
     for value in model.graph.inputs:
         for axis, name in component.axes.get(value.name or "", {}).items():
             if value.uses() and value.shape is not None and isinstance(value.shape[axis], int):
                 raise UnsupportedModelError(
-                    f"{component.name}: axis {axis} ({name}) of its input {value.name!r} is fixed at {value.shape[axis]} by "
-                    "the model's code"
+                    f"{component.name}: axis {axis} ({name}) of its input {value.name!r} is fixed at "
+                    f"{value.shape[axis]} by the model's code"
                 )
 
 

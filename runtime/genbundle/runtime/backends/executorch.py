@@ -158,8 +158,8 @@ def _set_threads(portable_lib: Any, threads: int | None) -> None:
         return
     if ExecuTorchBackend.started:
         raise EngineError(
-            f"ExecuTorch runs on {portable_lib._threadpool_get_thread_count()} threads in this process and can't change "
-            f"that after a bundle was opened: load with threads={threads} first, or in a process of its own"
+            f"threads={threads}: ExecuTorch runs on {portable_lib._threadpool_get_thread_count()} threads in this "
+            "process since it opened its first bundle, and can't change that: load this one in a process of its own"
         )
     with redirect_stderr(io.StringIO()):
         portable_lib._unsafe_reset_threadpool(threads)

@@ -108,7 +108,7 @@ class TorchProgram:
 
 
 def _refuse_pickles(file: Any) -> None:
-    """BundleError for an archive that holds anything but plain tensors and JSON: loading a pickle would run its code."""
+    """BundleError for an archive that holds anything but plain tensors and JSON: a pickle would run its code."""
     try:
         with zipfile.ZipFile(file) as archive:
             for item in archive.infolist():
@@ -116,8 +116,8 @@ def _refuse_pickles(file: Any) -> None:
                     raise BundleError(f"{file}: holds pickled sample inputs, which are never loaded")
                 if item.filename.endswith("_config.json"):
                     config = json.loads(archive.read(item)).get("config", {})
-                    if any(entry.get("use_pickle") or "tensor" not in entry.get("path_name", "tensor") and
-                           "weight" not in entry.get("path_name", "") for entry in config.values()):  # fmt: skip
+                    if any(entry.get("use_pickle") or ("tensor" not in entry.get("path_name", "tensor") and
+                           "weight" not in entry.get("path_name", "")) for entry in config.values()):  # fmt: skip
                         raise BundleError(f"{file}: holds pickled objects, which are never loaded")
     except (zipfile.BadZipFile, json.JSONDecodeError, AttributeError) as error:
         raise BundleError(f"{file}: not a torch.export archive: {error}") from error
