@@ -134,8 +134,12 @@ def _flat(states: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def attention(model: PreTrainedModel, attend: Callable | str) -> Iterator[None]:
-    """Run `model`'s attention through `attend` (a function, or the name of a registered one) inside the block."""
+def attention(model: PreTrainedModel, attend: Callable | str | None) -> Iterator[None]:
+    """Run `model`'s attention through `attend` inside the block: a function, the name of a registered one, or None for
+    the model's own."""
+    if attend is None:
+        yield
+        return
     before: Any = model.config._attn_implementation
     if callable(attend):
         # An item of the registry's instance can be taken out again. Masks are only looked for among the registered

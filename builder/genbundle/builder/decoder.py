@@ -35,7 +35,7 @@ class Decoder(torch.nn.Module):
             make(inputs.pop(f"past_{index}_key"), inputs.pop(f"past_{index}_value")) for index in range(self.layers)
         ]
         cache = make_cache(self.model, past)
-        attend = group_query_attention(lambda: cache) if self.fused else "sdpa"
+        attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model_of(self.model), attend):
             logits = self.call(inputs, cache)
         outputs = {"logits": logits[:, -1:]}

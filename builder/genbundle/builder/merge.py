@@ -99,7 +99,7 @@ class Prompt(torch.nn.Module):
         def resume(*_: Any, **__: Any) -> Any:
             return original(**kwargs, past_key_values=cache, use_cache=True)
 
-        attend = group_query_attention(lambda: cache) if self.fused else "sdpa"
+        attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model, attend), forward_of(language_model, resume):
             # What stands before the language model is dead code here: any ids do.
             ids = torch.zeros(batch, length, dtype=torch.long)

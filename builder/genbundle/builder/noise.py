@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 _log: ContextVar[Path | None] = ContextVar("log", default=None)
 
@@ -30,7 +31,8 @@ def logged_to(path: Path) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Hide what exporters print and log; `logged_to` says where it is kept.
 
-    File descriptors are redirected, since parts of it come from C++.
+    File descriptors are redirected, since parts of it come from C++, and Python's streams, which in a notebook go
+    elsewhere.
     """
     log = _log.get()
     if os.environ.get("GENBUNDLE_VERBOSE"):
@@ -45,7 +47,7 @@ def quiet() -> Iterator[None]:
         try:
             if not log:
                 logging.disable(logging.WARNING)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _python_streams(sink.fileno()):
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -54,6 +56,31 @@ def quiet() -> Iterator[None]:
                 os.dup2(duplicate, stream)
                 os.close(duplicate)
             logging.disable(previous)
+
+
+class _Stream:
+    """What stands in for a stream. A logging handler made meanwhile keeps it, and then writes where the stream does."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+
+@contextlib.contextmanager
+def _python_streams(sink: int) -> Iterator[None]:
+    """Python's own standard streams, written to the file descriptor `sink`."""
+    before = sys.stdout, sys.stderr
+    with os.fdopen(os.dup(sink), "w", buffering=1) as text:
+        stand_ins: Any = _Stream(text), _Stream(text)
+        sys.stdout, sys.stderr = stand_ins
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stand_in, stream in zip(stand_ins, before, strict=True):
+                stand_in.target = stream
 
 
 def _flush() -> None:

@@ -61,7 +61,7 @@ def watch_prompt(model: PreTrainedModel, inputs: Inputs) -> Seen:
     hooks = [decoder.register_forward_pre_hook(before, with_kwargs=True), decoder.register_forward_hook(after)]
     try:
         with torch.no_grad(), stateful_attention(decoder, attention, sdpa_mask):
-            cast(Any, model).generate(**dict(inputs), max_new_tokens=1, do_sample=False)
+            cast(Any, model).generate(**dict(inputs), max_new_tokens=1, do_sample=False, num_beams=1)
     except _PromptDone:
         return seen
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
