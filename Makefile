@@ -28,7 +28,7 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check $(ROOTS)
 	$(BIN)/ruff format --check $(ROOTS)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.budgets $(BENCH_ARGS)

@@ -31,6 +31,7 @@ def logs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_build_a_directory(tmp_path, capfd, logs):
     models.make("llama").save_pretrained(tmp_path / "tiny")
+    capfd.readouterr()
     target = tmp_path / "out.bundle"
     command = ["build", str(tmp_path / "tiny"), "--output", str(target), "--max-length", "64"]
     assert invoke([*command, "--json"]) == 0

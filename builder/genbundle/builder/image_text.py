@@ -61,7 +61,9 @@ def image_text_components(
         module=merge,
         sample=kept,
         axes={
-            **name_axes(samples, sizes),
+            **name_axes(given, sizes),
+            # Pictures are counted apart from sequences, though each captured sequence has one.
+            **name_axes([{item.name: sample[item.name] for item in features} for sample in samples]),
             **name_axes([{f"merged_{p}": v for p, v in item.items()} for item in recorded], sizes),
         },
         sources={name: sources[name] for name in kept},

@@ -1,5 +1,6 @@
 """Sample inputs: what the capture runs on, and the held-out inputs that the finished bundle is checked on."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ def from_processor(model: PreTrainedModel, processor: Any) -> list[Inputs]:
 
     Empty for a model that takes no pictures. BuildError when the processor can't be used so: give `inputs` then.
     """
-    if "image" not in model.input_modalities:
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
         return []
     if getattr(processor, "image_processor", None) is None:
         raise BuildError(f"{type(model).__name__} takes pictures: give inputs (generate kwargs), or its processor")
@@ -159,9 +160,16 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
         }
         return Samples(capture=capture, held_out=held_out)
     first, last = given[0], given[-1]
-    other = maker.other_content(maker.longer(last, 4))
     single = first["input_ids"].shape[0] == 1
-    capture = [left_padded([first, maker.other_content(maker.longer(first, 3))], pad) if single else first, other]
+    if not single and len(first) > 2:
+        raise BuildError(
+            f"inputs: expected one sequence per sample, got a batch of {first['input_ids'].shape[0]}: give its rows as a "
+            "list of samples, so that it's known which pictures belong to which"
+        )
+    batch = left_padded([first, maker.other_content(maker.longer(first, 3))], pad) if single else first
+    # Sizes that are alike in both captures would be taken for constants.
+    extra = 5 if last["input_ids"].shape[1] + 4 == batch["input_ids"].shape[1] else 4
+    capture = [batch, maker.other_content(maker.longer(last, extra))]
     held_out = {
         "as given": first,
         "other content, longer prompt": maker.other_content(maker.longer(first, 17)),

@@ -44,6 +44,9 @@ def show(
     """The whole demo, told on standard output."""
     begun = time.perf_counter()
     model, bundle = ready_bundle(backend, output, rebuild=rebuild)
+    with quiet():  # engines log while they open programs
+        for program in bundle.manifest.programs:
+            model.backend.program(program.name)
     rng = Random(seed)
     scene = rng.choice(held_out_scenes(_SCENES))
     picture = draw(scene, _PICTURE_SIZE, rng)

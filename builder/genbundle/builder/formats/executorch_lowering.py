@@ -3,8 +3,8 @@
 Imports ExecuTorch (and with it torchao) at module level: import this module inside functions only.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,20 @@ def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path
     programs = {name: _export(name, method) for name, method in methods.items()}
     configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
     try:
-        edge = to_edge_transform_and_lower(
-            programs,
-            partitioner=[XnnpackPartitioner(configs)],
-            constant_methods=dict(constants),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        )
-        program = edge.to_executorch(
-            ExecutorchBackendConfig(
-                # The caller's tensors are used where they are; a dynamic axis needs the constraint-based evaluation.
-                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        with _uncopied(programs.values()):
+            edge = to_edge_transform_and_lower(
+                programs,
+                partitioner=[XnnpackPartitioner(configs)],
+                constant_methods=dict(constants),
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             )
-        )
+            program = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    # Inputs are used where they are; a dynamic axis needs the constraint-based evaluation.
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                )
+            )
     except Exception as error:
         raise UnsupportedModelError(
             f"ExecuTorch can't lower the methods {', '.join(methods)}: {_first_line(error)}: build for another "
@@ -77,6 +78,22 @@ def _export(name: str, method: Any) -> torch.export.ExportedProgram:
             f"torch.export can't trace the method {name!r} of {type(method.module).__name__}: {_first_line(error)}: "
             "build for another backend, for instance cpu"
         ) from error
+
+
+@contextmanager
+def _uncopied(programs: Iterable[torch.export.ExportedProgram]) -> Iterator[None]:
+    """While open, copying a program shares its weights: ExecuTorch deep-copies programs, which nothing writes into.
+
+    Without it a build needs the model's size once more, and a tied embedding's besides.
+    """
+    weights = {id(weight): weight for program in programs for weight in program.state_dict.values()}
+    for weight in weights.values():
+        weight.__deepcopy__ = lambda _memo, weight=weight: weight
+    try:
+        yield
+    finally:
+        for weight in weights.values():
+            del weight.__deepcopy__
 
 
 def _first_line(error: Exception) -> str:

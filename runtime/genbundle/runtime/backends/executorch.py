@@ -154,12 +154,16 @@ def _check_version(bundle: Bundle) -> None:
 
 def _set_threads(portable_lib: Any, threads: int | None) -> None:
     """Resize the process's thread pool; EngineError where a method that was loaded before is bound to another size."""
-    if threads is None or portable_lib._threadpool_get_thread_count() == threads:
+    if threads is None:
+        return
+    with redirect_stderr(io.StringIO()):
+        present = portable_lib._threadpool_get_thread_count()
+    if present == threads:
         return
     if ExecuTorchBackend.started:
         raise EngineError(
-            f"threads={threads}: ExecuTorch runs on {portable_lib._threadpool_get_thread_count()} threads in this "
-            "process since it opened its first bundle, and can't change that: load this one in a process of its own"
+            f"threads={threads}: ExecuTorch runs on {present} threads in this process since it opened its first "
+            "bundle, and can't change that: load this one in a process of its own"
         )
     with redirect_stderr(io.StringIO()):
         portable_lib._unsafe_reset_threadpool(threads)
