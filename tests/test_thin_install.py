@@ -18,7 +18,8 @@ import importlib.util, json, sys
 from genbundle.runtime import load_bundle
 
 text, picture, image = sys.argv[1:]
-question = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Describe the picture."}]}]
+content = [{"type": "image", "image": image}, {"type": "text", "text": "Describe the picture."}]
+question = [{"role": "user", "content": content}]
 print(json.dumps({
     "text": load_bundle(text).generate("hello there", max_new_tokens=8).sequences.tolist(),
     "picture": load_bundle(picture).generate(question).text,

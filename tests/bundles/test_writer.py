@@ -224,7 +224,6 @@ def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="new_bundle checks the target before it recovers the old bundle")
 def test_a_recovered_bundle_is_not_overwritten_unasked(tmp_path):
     target = cut_swap(tmp_path)
     with pytest.raises(BuildError, match="exists and is kept untouched"):

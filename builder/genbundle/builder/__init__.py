@@ -1,8 +1,19 @@
 """The builder: `build_bundle(model, inputs, backend)` turns a transformers model into a bundle."""
 
-from genbundle.builder.noise import quiet
+from typing import TYPE_CHECKING, Any
 
-with quiet():  # torchao and the exporters' registries log while they are imported
+if TYPE_CHECKING:
     from genbundle.builder.build import build_bundle
 
 __all__ = ["build_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that the command line's help needs no torch; quiet, since torchao and others log while they are imported.
+    if name == "build_bundle":
+        from genbundle.builder.noise import quiet
+
+        with quiet():
+            from genbundle.builder.build import build_bundle
+        return build_bundle
+    raise AttributeError(name)

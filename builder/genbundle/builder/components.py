@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Role, Source, State
+from genbundle.bundles.manifest import Input, Role, Source, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Component:
     module: `forward(**inputs) -> dict[str, Tensor]`. sample: one set of inputs that it runs on. axes: the dynamic
     axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
-    in, which only look back.
+    in, which only look back. guides: inputs in the manifest that steer the runtime's calls and aren't the program's.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Component:
     states: Mapping[str, str] = field(default_factory=dict)
     modality: str | None = None
     fusions: bool = True
+    guides: Mapping[str, Input] = field(default_factory=dict)
 
 
 def shape_of(tensor: torch.Tensor, axes: Mapping[int, str]) -> tuple[int | str, ...]:

@@ -7,7 +7,7 @@ work. Each must give the features of every capture, else the build stops.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from genbundle.builder.exporting import prepare_inputs
 from genbundle.builder.plan import Capture
 from genbundle.builder.preparing import explain_prepared
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Role, Source
+from genbundle.bundles.manifest import Input, Role, Source
 
 _PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "embed_audio", "aligner")
 
@@ -292,3 +292,63 @@ def _expect_equal(name: str, found: dict[str, torch.Tensor], expected: dict[str,
         raise UnsupportedModelError(
             f"the {name} cut out of the model doesn't give the features that the model computes"
         )
+
+
+OFFSETS = "cu_seqlens"
+
+
+class OneFrame(torch.nn.Module):
+    """A packed tower for the patches of one frame: what says where frames end becomes a constant of the call."""
+
+    def __init__(self, component: Component):
+        super().__init__()
+        self.module, self.config = component.module, getattr(component.module, "config", None)
+        # The grid steers nothing once what follows from it is given, but towers ask for it.
+        self._rest = {
+            name: value[:1]
+            for name, value in component.sample.items()
+            if name != OFFSETS and component.sources[name].kind == "user" and not value.is_floating_point()
+        }
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The features of one frame."""
+        rows = next(iter(inputs.values())).shape[0]
+        offsets = torch.cat([torch.zeros(1), torch.full((1,), rows)]).to(torch.int32)
+        return self.module(**inputs, **self._rest, **{OFFSETS: offsets})
+
+
+def frame_by_frame(component: Component) -> Component:
+    """A packed encoder as a program for one frame, which the runtime calls for each; any other one as it is.
+
+    Upstream traces packed attention for frames of one size (`_reshaped_vision_attention_forward`): frames of several
+    sizes in one call would get wrong features.
+    """
+    if OFFSETS not in component.sample:
+        return component
+    module = OneFrame(component).eval()
+    rows = int(component.sample[OFFSETS][1])
+    total = int(component.sample[OFFSETS][-1])
+    sample = {
+        name: value[:rows]
+        for name, value in component.sample.items()
+        if name != OFFSETS and name not in module._rest and value.shape[0] == total
+    }
+    left = component.sample.keys() - sample.keys() - module._rest.keys() - {OFFSETS}
+    if left:
+        raise UnsupportedModelError(f"{component.name}: its input {min(left)!r} has no row per patch")
+    sources = {
+        name: replace(component.sources[name], options={**component.sources[name].options, "pieces": OFFSETS})
+        for name in sample
+    }
+    offsets = replace(component.sources[OFFSETS], options={**component.sources[OFFSETS].options, "pieces": "offsets"})
+    with torch.no_grad():
+        whole, first = component.module(**component.sample), module(**sample)
+    _expect_equal(component.name, first, {name: value[: len(first[name])] for name, value in whole.items()})
+    return replace(
+        component,
+        module=module,
+        sample=sample,
+        axes={**{name: {0: f"{name}_0"} for name in sample}, **{name: {0: f"{name}_0"} for name in first}},
+        sources=sources,
+        guides={OFFSETS: Input(name=OFFSETS, dtype="int64", shape=("offsets",), source=offsets)},
+    )

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes, needed_inputs
 from genbundle.builder.decoder import Decoder
-from genbundle.builder.encoders import Features, candidate_features, encoder_component
+from genbundle.builder.encoders import Features, candidate_features, encoder_component, frame_by_frame
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.plan import Capture, Plan
 from genbundle.builder.programs import can_fuse_prompt, can_fuse_step, text_sample, with_past
@@ -54,7 +54,7 @@ def image_text_components(
         **_prompt_sources(model, plan, captures, given),
         **{item.name: Source(kind="output", name=item.name) for item in features},
     }
-    encoder = encoder_component(model, MODALITY, captures, features)
+    encoder = frame_by_frame(encoder_component(model, MODALITY, captures, features))
     merged = Component(
         name="merge",
         roles=("merge",),

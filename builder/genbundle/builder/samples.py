@@ -163,8 +163,8 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     single = first["input_ids"].shape[0] == 1
     if not single and len(first) > 2:
         raise BuildError(
-            f"inputs: expected one sequence per sample, got a batch of {first['input_ids'].shape[0]}: give its rows as a "
-            "list of samples, so that it's known which pictures belong to which"
+            f"inputs: expected one sequence per sample, got a batch of {first['input_ids'].shape[0]}: give its rows as "
+            "a list of samples, so that it's known which pictures belong to which"
         )
     batch = left_padded([first, maker.other_content(maker.longer(first, 3))], pad) if single else first
     # Sizes that are alike in both captures would be taken for constants.

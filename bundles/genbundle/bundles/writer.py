@@ -16,8 +16,8 @@ from genbundle.bundles.reader import Bundle, open_bundle, sha256
 class BundleWriter:
     """A bundle under construction: write files below `path`, then `commit` the manifest."""
 
-    def __init__(self, path: Path, target: Path):
-        self.path, self.target = path, target
+    def __init__(self, path: Path, target: Path, *, overwrite: bool):
+        self.path, self.target, self._overwrite = path, target, overwrite
 
     def stage(self, manifest: Manifest) -> Bundle:
         """Write `manifest`, completed with every file's size and hash, and open the result where it stands."""
@@ -36,6 +36,7 @@ class BundleWriter:
             _sync(file)
         _sync(self.path)
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        check_target(self.target, overwrite=self._overwrite)  # something may have come there since
         if self.target.exists():
             old = self.path.with_name(f"{self.path.name}.old")
             self.target.rename(old)
@@ -55,13 +56,13 @@ def new_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[Bundl
     What a killed build left beside the target is removed first.
     """
     target = Path(target).absolute()
+    _recover(target)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
     path = target.parent / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     path.mkdir()
     try:
-        yield BundleWriter(path, target)
+        yield BundleWriter(path, target, overwrite=overwrite)
     finally:
         shutil.rmtree(path, ignore_errors=True)
 

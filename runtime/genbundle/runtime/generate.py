@@ -137,6 +137,7 @@ def steps(
     rows = np.empty((batch, prompt_length + limit), np.int64)
     rows[:, :prompt_length] = ids
     reasons: list[str | None] = [None] * batch
+    wiring.open(inputs)
     begun = time.perf_counter()
     logits, sequences = wiring.prompt(inputs)
     clock.prompt = clock.programs = time.perf_counter() - begun

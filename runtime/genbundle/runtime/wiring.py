@@ -10,6 +10,7 @@ from genbundle.bundles import BundleError, InputError, Manifest
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
+from genbundle.runtime import pieces
 from genbundle.runtime.positions import POSITION_INPUTS, POSITION_RULES, position_ids
 from genbundle.runtime.preparers import PREPARERS
 from genbundle.runtime.program import Backend, Tensor
@@ -39,6 +40,11 @@ class Wiring:
         }
         self.user_inputs = self._known_inputs()
         self._check()
+
+    def open(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Open the programs that these inputs and the steps need, so that no measured call has to."""
+        for name in (*self._route(inputs).programs, *self.manifest.flow.step):
+            self.backend.program(name)
 
     def prompt(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, Sequences]:
         """Run the prompt's programs: logits `[batch, vocabulary]` of the last position, and the sequences to go on.
@@ -130,7 +136,7 @@ class _Call:
         for name in names:
             entry = self.wiring.entry(name)
             feeds = {item.name: self.value(item, name) for item in entry.inputs}
-            outputs = backend.program(name)(feeds)
+            outputs = pieces.call(entry, backend.program(name), feeds, backend.to_numpy)
             self.values.update(outputs)
             if "encoder" in entry.roles:
                 self._check_placeholders(entry, outputs)

@@ -41,7 +41,7 @@ def describe_inputs(
     component: Component, read: Collection[str | None], rename: Callable[[str], str]
 ) -> tuple[Input, ...]:
     """The manifest's inputs of a component, in its sample's order, without those that its program doesn't read."""
-    return tuple(
+    taken = (
         Input(
             name=rename(name),
             dtype=dtype_of(tensor),
@@ -51,3 +51,4 @@ def describe_inputs(
         for name, tensor in component.sample.items()
         if name in read
     )
+    return (*taken, *component.guides.values())

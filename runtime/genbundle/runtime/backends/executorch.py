@@ -2,16 +2,16 @@
 
 import importlib.metadata
 import io
-import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import Bundle, EngineError, InputError, MissingExtraError
+from genbundle.bundles import Bundle, EngineError, MissingExtraError
 from genbundle.bundles.manifest import Program
+from genbundle.runtime.pieces import taken_inputs
 from genbundle.runtime.program import Tensor
 
 
@@ -80,44 +80,16 @@ class ExecuTorchBackend:
 
 
 class ExecuTorchProgram:
-    """One method: numpy arrays or torch tensors in by name, torch tensors out by name.
-
-    A method takes one picture (or frame) at a time. The option `pieces` of an input's source divides it: "each" takes
-    one row per call, "cu_seqlens" the rows between two of that input's offsets; the input marked "offsets" itself goes
-    into no call. The outputs are joined along their first symbolic axis. The option `equals` marks an input that the
-    method doesn't take: its numbers must all be that one.
-    """
+    """One method: numpy arrays or torch tensors in by name, torch tensors out by name."""
 
     def __init__(self, entry: Program, method: Any):
         self._entry, self._method = entry, method
-        self._pieces = {item.name: item.source.options.get("pieces") for item in entry.inputs}
-        self._fixed = {
-            item.name: item.source.options["equals"] for item in entry.inputs if "equals" in item.source.options
-        }
-        self._names = [name for name, pieces in self._pieces.items() if pieces != "offsets" and name not in self._fixed]
+        self._names = taken_inputs(entry)
         self._outputs = [output.name for output in entry.outputs]
-        self._axes = [next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the method, as often as there are pieces; EngineError when it fails, InputError for a fixed input."""
-        for name, value in self._fixed.items():
-            if not (inputs[name] == value).all():
-                raise InputError(f"{name}: this bundle takes prompts whose {name} is {value} throughout")
-        if not any(self._pieces.values()):
-            return dict(zip(self._outputs, self._run(inputs), strict=True))
-        results = [self._run(part) for part in self._parts(inputs)]
-        if len(results) == 1:
-            return dict(zip(self._outputs, results[0], strict=True))
-        joined = zip(self._outputs, self._axes, zip(*results, strict=True), strict=True)
-        return {name: np.concatenate([part.numpy() for part in parts], axis) for name, axis, parts in joined}
-
-    def _parts(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        divided = [name for name in self._names if self._pieces[name]]
-        offsets = range(len(inputs[divided[0]]) + 1)
-        if self._pieces[divided[0]] != "each":
-            offsets = [int(offset) for offset in inputs[str(self._pieces[divided[0]])]]
-        for start, end in itertools.pairwise(offsets):
-            yield {**inputs, **{name: inputs[name][start:end] for name in divided}}
+        """Run the method; EngineError when it fails."""
+        return dict(zip(self._outputs, self._run(inputs), strict=True))
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Sequence[Any]:
         try:

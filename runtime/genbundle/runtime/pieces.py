@@ -1,0 +1,58 @@
+"""Programs that take one picture (or frame) at a time: several are dealt out to several calls, the outputs joined.
+
+The option `pieces` of an input's source says how that input is divided: "each" takes one row per call, the name of an
+offsets input the rows between two of its numbers; the input marked "offsets" itself goes into no call. The option
+`equals` marks an input that goes into no call either: its numbers must all be that one.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from genbundle.bundles import InputError
+from genbundle.bundles.manifest import Program as ProgramEntry
+from genbundle.runtime.program import Program, Tensor
+
+
+def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
+    """The inputs that go into a call, in the manifest's order."""
+    return tuple(
+        item.name
+        for item in entry.inputs
+        if item.source.options.get("pieces") != "offsets" and "equals" not in item.source.options
+    )
+
+
+def call(
+    entry: ProgramEntry, program: Program, inputs: Mapping[str, Tensor], to_numpy: Callable[[Tensor], np.ndarray]
+) -> dict[str, Tensor]:
+    """Call `program` once, or once per piece with the outputs joined along their first symbolic axis.
+
+    Raises InputError where an input isn't the one number that the program was made for.
+    """
+    for item in entry.inputs:
+        fixed = item.source.options.get("equals")
+        if fixed is not None and not (inputs[item.name] == fixed).all():
+            raise InputError(f"{item.name}: this bundle takes prompts whose {item.name} is {fixed} throughout")
+    names = taken_inputs(entry)
+    divided = {item.name: item.source.options["pieces"] for item in entry.inputs if item.source.options.get("pieces")}
+    if not divided:
+        return program({name: inputs[name] for name in names})
+    results = [program(part) for part in _parts(names, divided, inputs)]
+    if not results:
+        raise InputError(f"the inputs of {entry.name!r} hold no picture")
+    if len(results) == 1:
+        return results[0]
+    axes = {out.name: next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs}
+    return {name: np.concatenate([to_numpy(part[name]) for part in results], axis) for name, axis in axes.items()}
+
+
+def _parts(
+    names: tuple[str, ...], divided: Mapping[str, str], inputs: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    rows = [name for name in names if name in divided]
+    by = divided[rows[0]]
+    offsets = range(len(inputs[rows[0]]) + 1) if by == "each" else [int(offset) for offset in inputs[by]]
+    for start, end in itertools.pairwise(offsets):
+        yield {name: inputs[name][start:end] if name in divided else inputs[name] for name in names}
