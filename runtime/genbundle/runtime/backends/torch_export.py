@@ -1,6 +1,7 @@
 """torch.export programs on CPU or CUDA: the archives hold no weights, which are mapped from one file and shared."""
 
 import json
+import logging
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -59,10 +60,16 @@ class TorchBackend:
         torch, bundle = self._torch, self._bundle
         file = bundle.file(bundle.manifest.program(name).file)
         _refuse_pickles(file)
+        # It warns of symbols that only guards mention, which aren't evaluated here.
+        log = logging.getLogger("torch")
+        level = log.level
+        log.setLevel(logging.ERROR)
         try:
             exported = torch.export.load(file)
         except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
             raise EngineError(f"{file}: torch.export can't load it: {error}") from error
+        finally:
+            log.setLevel(level)
         table = json.loads(bundle.file(f"{name}.weights.json").read_text(encoding="utf-8"))
         for parameter, expected in exported.state_dict.items():
             tensor = self._weight(table.get(parameter))

@@ -1,0 +1,61 @@
+"""Programs that take one picture at a time: how inputs are dealt out and outputs joined."""
+
+import numpy as np
+import pytest
+
+from genbundle.bundles import InputError
+from genbundle.bundles.manifest import Input, Output, Program, Source
+from genbundle.runtime import pieces
+
+
+def entry(**inputs: dict) -> Program:
+    return Program(
+        name="image_encoder",
+        file="image_encoder.onnx",
+        roles=("encoder",),
+        inputs=tuple(
+            Input(name=name, dtype="float32", shape=("rows", 2), source=Source(kind="user", name=name, options=options))
+            for name, options in inputs.items()
+        ),
+        outputs=(Output(name="features", dtype="float32", shape=("rows", 2)),),
+    )
+
+
+def recording(calls: list):
+    def program(inputs):
+        calls.append(dict(inputs))
+        return {"features": inputs["patches"] * 10}
+
+    return program
+
+
+def test_rows_between_offsets_go_into_one_call_each():
+    calls: list = []
+    described = entry(patches={"pieces": "ends"}, ends={"pieces": "offsets"}, scale={})
+    inputs = {"patches": np.arange(10.0).reshape(5, 2), "ends": np.array([0, 3, 5]), "scale": np.ones(1)}
+    result = pieces.call(described, recording(calls), inputs, np.asarray)
+    assert [call["patches"].shape[0] for call in calls] == [3, 2]
+    assert all("ends" not in call and call["scale"].shape == (1,) for call in calls)
+    np.testing.assert_array_equal(result["features"], inputs["patches"] * 10)
+
+
+def test_each_row_is_a_call_of_its_own():
+    calls: list = []
+    inputs = {"patches": np.arange(6.0).reshape(3, 2)}
+    result = pieces.call(entry(patches={"pieces": "each"}), recording(calls), inputs, np.asarray)
+    assert len(calls) == 3
+    np.testing.assert_array_equal(result["features"], inputs["patches"] * 10)
+
+
+def test_no_picture_is_refused():
+    with pytest.raises(InputError, match="the inputs of 'image_encoder' hold no picture"):
+        pieces.call(entry(patches={"pieces": "each"}), recording([]), {"patches": np.zeros((0, 2))}, np.asarray)
+
+
+def test_a_fixed_input_is_checked_and_not_fed():
+    calls: list = []
+    described = entry(patches={}, kinds={"equals": 0})
+    pieces.call(described, recording(calls), {"patches": np.ones((1, 2)), "kinds": np.zeros((1, 4))}, np.asarray)
+    assert list(calls[0]) == ["patches"]
+    with pytest.raises(InputError, match="kinds: this bundle takes prompts whose kinds is 0 throughout"):
+        pieces.call(described, recording(calls), {"patches": np.ones((1, 2)), "kinds": np.ones((1, 4))}, np.asarray)
