@@ -11,13 +11,26 @@ from tests.zoo import models as zoo
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
+from genbundle.builder.formats.executorch import PROGRAM_FILE, Method, export_executorch, lower
 from genbundle.builder.plan import capture, make_plan
 from genbundle.builder.samples import make_samples
 from genbundle.builder.stateful import probe_layers
 from genbundle.builder.stateful_attention import check_attention_call
 from genbundle.bundles import Bundle, EngineError, UnsupportedModelError
-from genbundle.bundles.manifest import FORMAT, FORMAT_VERSION, File, Generation, Manifest, Model
+from genbundle.bundles.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    File,
+    Flow,
+    Generation,
+    Input,
+    Manifest,
+    Model,
+    Output,
+    Program,
+    Route,
+    Source,
+)
 from genbundle.runtime.backends import open_backend
 from genbundle.runtime.wiring import Wiring
 
@@ -80,7 +93,7 @@ def expect_equal(wiring: Wiring, model: hf.PreTrainedModel, inputs: dict[str, to
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in zoo.TEXT]
+    "name", [pytest.param(name, marks=[] if name == "llama" else pytest.mark.long) for name in zoo.TEXT]
 )
 def test_text_decoder(name: str, tmp_path: Path) -> None:
     model = zoo.make(name)
@@ -99,7 +112,7 @@ def test_text_decoder(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(wiring.step(other.numpy(), sequences), rewound, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", zoo.IMAGE_TEXT)
 def test_image_text(name: str, tmp_path: Path) -> None:
     model = zoo.make(name)
@@ -151,16 +164,18 @@ def test_an_unknown_attention_keyword_is_named() -> None:
         check_attention_call(layer, {"position_bias": torch.zeros(1)})
 
 
-def fake_bundle(folder: Path, content: bytes, packages: dict[str, str]) -> Bundle:
-    from genbundle.bundles.manifest import Flow, Program, Route
-
-    (folder / "model.pte").write_bytes(content)
+def fake_bundle(folder: Path, content: bytes | None, packages: dict[str, str]) -> Bundle:
+    """A bundle with these bytes (None: what is there) as its program of one input and one output."""
+    if content is not None:
+        (folder / "model.pte").write_bytes(content)
+    values = Input(name="values", dtype="float32", shape=(1, 3), source=Source(kind="user", name="values"))
+    logits = Output(name="logits", dtype="float32", shape=(1, 3))
     manifest = Manifest(
         format=FORMAT, version=FORMAT_VERSION, backend="xnnpack", generation=Generation(), state=(), packages=packages,
         model=Model(architecture="", name="", parameters=0, weight_bytes=0),
-        programs=(Program(name="decode", file="model.pte", roles=("decode",), inputs=(), outputs=()),),
+        programs=(Program(name="decode", file="model.pte", roles=("decode",), inputs=(values,), outputs=(logits,)),),
         flow=Flow(prompt=(Route(programs=("decode",)),), step=("decode",)),
-        files={"model.pte": File(size=len(content), sha256="0" * 64)},
+        files={"model.pte": File(size=1, sha256="0" * 64)},
     )  # fmt: skip
     return Bundle(path=folder, manifest=manifest)
 
@@ -182,3 +197,12 @@ def test_a_damaged_program_is_an_error(content: bytes, tmp_path: Path, capfd: py
     with pytest.raises(EngineError, match=r"can't load the method 'forward' of model\.pte"):
         backend.program("decode")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_tanh_form_of_gelu_is_kept(tmp_path: Path) -> None:
+    """XNNPACK 1.4.1 would compute the exact form: https://github.com/pytorch/executorch/pull/22851."""
+    values, module = torch.tensor([[-2.7, 0.3, 1.2]]), torch.nn.GELU(approximate="tanh")
+    lower({"forward": Method(module=module, args=(values,))}, {}, tmp_path / "model.pte")
+    program = open_backend(fake_bundle(tmp_path, None, {}), device=None, threads=None).program("decode")
+    found = program({"values": values})["logits"]
+    np.testing.assert_allclose(found.numpy(), module(values).numpy(), rtol=0, atol=1e-6)

@@ -211,3 +211,8 @@ def test_prepared_inputs_have_a_name():
     assert error_of(manifest(files=FILES, programs=(program(inputs=(nameless,)),)).to_json()) == (
         "Missing field `name` - at `$.programs[0].inputs[0].source`"
     )
+
+
+def test_a_number_of_thousands_of_digits():
+    with pytest.raises(BundleError, match="is not JSON"):
+        Manifest.from_json('{"format": "genbundle", "version": ' + "1" * 5000 + "}")

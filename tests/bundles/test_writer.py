@@ -107,6 +107,21 @@ def test_only_bundles_are_overwritten(tmp_path):
     assert file.read_text() == (folder / "thesis.txt").read_text() == "precious"
 
 
+def test_another_kind_of_manifest_is_kept(tmp_path):
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(BuildError, match=r"isn't genbundle's: only a bundle is ever overwritten"):
+        write(tmp_path / "extension", overwrite=True)
+    assert contents(tmp_path / "extension") == {"manifest.json": b'{"manifest_version": 3}'}
+
+
+def test_leftovers_of_a_longer_name_are_another_targets(tmp_path):
+    other = tmp_path / f".out.bundle.{os.getppid()}-0a1b2c3d.partial"
+    other.mkdir()
+    write(tmp_path / "out")
+    assert other.is_dir()
+
+
 def test_an_empty_directory_may_be_overwritten(tmp_path):
     (tmp_path / "b").mkdir()
     assert write(tmp_path / "b", overwrite=True).manifest.notes == ("first",)

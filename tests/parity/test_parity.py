@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from genbundle.bundles import EngineError, InputError
 from tests.zoo import models
 
 BACKENDS = ("cpu", "torch", "xnnpack")
@@ -106,3 +107,28 @@ def test_sampling_repeats_with_a_seed(backend, loaded):
     one, same, other = (bundle.generate(input_ids=ids, seed=seed, **options).sequences for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_longest_length_counts_padding_and_pad_tokens_are_masked(backend, loaded):
+    model, bundle = models.make("llama"), loaded("llama", backend)
+    batch = padded(models.text_ids(3, seed=6), models.text_ids(14, seed=7))
+    expected = eager(model, {"input_ids": batch["input_ids"]}, max_length=17)
+    found = bundle.generate(input_ids=batch["input_ids"].numpy(), max_length=17, do_sample=False).sequences
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_generation_at_a_time_where_programs_keep_the_state(loaded):
+    bundle, ids = loaded("llama", "xnnpack"), models.text_ids(5, seed=1).numpy()
+    first = bundle.stream(input_ids=ids, max_new_tokens=4, do_sample=False)
+    next(first)
+    next(bundle.stream(input_ids=ids + 1, max_new_tokens=4, do_sample=False))
+    with pytest.raises(EngineError, match="another generation began"):
+        next(first)
+
+
+def test_pictures_without_their_grid_are_not_ignored(loaded):
+    inputs = arrays(models.samples("qwen3_vl")[0])
+    del inputs["image_grid_thw"]
+    with pytest.raises(InputError, match="'pixel_values' needs image_grid_thw"):
+        loaded("qwen3_vl").generate(**inputs, max_new_tokens=2)

@@ -1,6 +1,6 @@
 """The builder: `build_bundle(model, inputs, backend)` turns a transformers model into a bundle."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from genbundle.builder.build import build_bundle
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["build_bundle"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Late, so that the command line's help needs no torch; quiet, since torchao and others log while they are imported.
     if name == "build_bundle":
         from genbundle.builder.noise import quiet

@@ -224,7 +224,7 @@ class Manifest:
         """Parse and check a manifest; BundleError (BundleVersionError for a newer format) names what is wrong where."""
         try:
             value = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
             raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST_NAME} is not a genbundle manifest: Expected {FORMAT!r} - at `$.format`")

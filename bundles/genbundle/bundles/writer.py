@@ -1,6 +1,8 @@
 """Writing a bundle: into a temporary directory beside the target, synced, the manifest last, renamed atomically."""
 
+import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from genbundle.bundles.errors import BuildError
-from genbundle.bundles.manifest import MANIFEST_NAME, File, Manifest
+from genbundle.bundles.manifest import FORMAT, MANIFEST_NAME, File, Manifest
 from genbundle.bundles.reader import Bundle, open_bundle, sha256
 
 
@@ -40,7 +42,12 @@ class BundleWriter:
         if self.target.exists():
             old = self.path.with_name(f"{self.path.name}.old")
             self.target.rename(old)
-            self.path.rename(self.target)
+            try:
+                self.path.rename(self.target)
+            except OSError:
+                old.rename(self.target)
+                raise
+            _sync(self.target.parent)
             shutil.rmtree(old)
         else:
             self.path.rename(self.target)
@@ -77,13 +84,26 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise BuildError(f"{target} is not a directory: only a bundle is ever overwritten")
     if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
         raise BuildError(f"{target} holds files but no {MANIFEST_NAME}: only a bundle is ever overwritten")
+    if any(target.iterdir()) and not _is_ours(target / MANIFEST_NAME):
+        raise BuildError(f"{target / MANIFEST_NAME} isn't genbundle's: only a bundle is ever overwritten")
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest.json is a bundle's; web applications have files of that name as well."""
+    try:
+        value = json.loads(manifest.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
 
 
 def _recover(target: Path) -> None:
     """Undo what killed builds of this target left: restore an old bundle caught mid-swap, remove partial ones."""
-    for leftover in sorted(target.parent.glob(f".{target.name}.*-*.partial*")):
-        pid = leftover.name.removeprefix(f".{target.name}.").partition("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+    # Exactly this target's: `out` must not touch what a build of `out.bundle` has beside it.
+    name = re.compile(re.escape(f".{target.name}.") + r"(\d+)-[^.]*\.partial(\.old)?")
+    for leftover in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+        match = name.fullmatch(leftover.name)
+        if match is None or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
             continue
         if leftover.name.endswith(".partial.old") and not target.exists():
             leftover.rename(target)

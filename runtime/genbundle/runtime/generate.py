@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from genbundle.bundles import Bundle, InputError
+from genbundle.runtime.logits import suppress
 from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.wiring import Wiring
 
@@ -93,7 +94,9 @@ def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.n
         raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
         raise InputError(f"input_ids: expected integers [batch, length], got {ids.dtype} {list(ids.shape)}")
-    mask = arrays.setdefault("attention_mask", np.ones_like(ids))
+    if ids.min() < 0:
+        raise InputError(f"input_ids: expected token ids of at least 0, got {int(ids.min())}")
+    mask = arrays.setdefault("attention_mask", _default_mask(ids, bundle))
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
     if not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
@@ -107,6 +110,15 @@ def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.n
             "or build the bundle with a larger max_length"
         )
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+
+
+def _default_mask(ids: np.ndarray, bundle: Bundle) -> np.ndarray:
+    """The mask that transformers makes when none is given: pad tokens are padding, unless they also end sequences."""
+    generation = bundle.manifest.generation
+    pad = generation.pad_token_id
+    if pad is None or pad in generation.eos_token_ids:
+        return np.ones_like(ids)
+    return (ids != pad).astype(np.int64)
 
 
 def steps(
@@ -149,7 +161,7 @@ def steps(
                 continue
             scores = logits[row]
             if length - prompt_length < options.min_new_tokens:
-                scores = without(scores, options.eos_token_ids)
+                scores = suppress(scores, options.eos_token_ids)
             token = tokens[row] = samplers[row](scores, rows[row, starts[row] : length])
             if token in options.eos_token_ids:
                 reasons[row] = "eos"
@@ -173,27 +185,26 @@ def padding_token(options: GenerationOptions) -> int:
     return options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_ids), 0)
 
 
-def without(scores: np.ndarray, token_ids: tuple[int, ...]) -> np.ndarray:
-    """A copy of the scores with those tokens ruled out."""
-    scores = scores.copy()
-    scores[list(token_ids)] = -np.inf
-    return scores
-
-
 def single_rows(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """A batch as separate unpadded sequences, for programs that take one at a time.
 
-    Other inputs are dealt out evenly along their first axis; InputError where that isn't possible.
+    Other inputs are dealt out evenly along their first axis, packed patches by their patch grids `[pictures, 3]`, of
+    which each sequence has as many; InputError where that isn't possible.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    grids = [array for array in inputs.values() if array.ndim == 2 and array.shape[1] == 3 and array.dtype.kind in "iu"]
     rows = []
     for row in range(len(ids)):
         single = {"input_ids": ids[row, mask[row]][None], "attention_mask": np.ones((1, mask[row].sum()), np.int64)}
         for name, array in inputs.items():
             if name in single:
                 continue
+            packed = next((grid for grid in grids if array.ndim and grid.prod(axis=1).sum() == len(array)), None)
             if array.shape == ids.shape:
                 single[name] = array[row, mask[row]][None]
+            elif packed is not None and packed is not array and len(packed) % len(ids) == 0:
+                ends = np.concatenate([[0], packed.prod(axis=1).cumsum()])[:: len(packed) // len(ids)]
+                single[name] = array[ends[row] : ends[row + 1]]
             elif array.ndim and len(array) % len(ids) == 0:
                 share = len(array) // len(ids)
                 single[name] = array[row * share : (row + 1) * share]
@@ -204,27 +215,41 @@ def single_rows(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def collect(
-    wiring: Wiring, inputs: dict[str, np.ndarray], options: GenerationOptions, stop: Stop | None, clock: Clock
+    wiring: Wiring,
+    inputs: dict[str, np.ndarray],
+    options: GenerationOptions,
+    stop: Stop | None,
+    clock: Clock,
+    *,
+    keep_logits: bool = False,
 ) -> tuple[list[Step], np.ndarray]:
     """Run `steps` to the end: the steps, and the new tokens `[batch, new]`.
 
-    A batch larger than the programs take runs row after row; its steps are put together afterwards.
+    A batch larger than the programs take runs row after row; its steps are put together afterwards. The steps'
+    logits are dropped unless `keep_logits`: those of a long generation are gigabytes.
     """
     most = wiring.manifest.flow.batch
     batch = len(inputs["input_ids"])
     if most is None or batch <= most:
-        taken = list(steps(wiring, inputs, options, stop=stop, clock=clock))
+        taken = [_kept(step, keep_logits) for step in steps(wiring, inputs, options, stop=stop, clock=clock)]
         return taken, np.stack([step.tokens for step in taken], axis=1)
+    # The batch's own length counts, as in transformers: a row without its padding may be shorter.
+    options = replace(options, max_new_tokens=options.new_tokens(inputs["input_ids"].shape[1]))
     runs = []
     for row, single in enumerate(single_rows(inputs)):
         own = Clock()
         row_stop = None if stop is None else (lambda _, token, row=row: stop(row, token))
-        runs.append(list(steps(wiring, single, options, stop=row_stop, clock=own, first_row=row)))
+        each = steps(wiring, single, options, stop=row_stop, clock=own, first_row=row)
+        runs.append([_kept(step, keep_logits) for step in each])
         clock.prompt, clock.steps = clock.prompt + own.prompt, clock.steps + own.steps
         clock.programs += own.programs
         clock.new_tokens = max(clock.new_tokens, own.new_tokens)
     taken = [_joined(runs, index, padding_token(options)) for index in range(max(map(len, runs)))]
     return taken, np.stack([step.tokens for step in taken], axis=1)
+
+
+def _kept(step: Step, keep_logits: bool) -> Step:
+    return step if keep_logits else replace(step, logits=step.logits[:, :0].copy())
 
 
 def _joined(runs: list[list[Step]], index: int, pad: int) -> Step:

@@ -166,7 +166,12 @@ class Model:
             for part in message.get("content") or ()
             if isinstance(part, Mapping) and part.get("type") == "image"
         ]
-        pictures = [part[key] for part in parts for key in ("image", "path", "url") if part.get(key) is not None]
+        found = [
+            next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None) for part in parts
+        ]
+        pictures = [picture for picture in found if picture is not None]
+        if pictures and len(pictures) != len(found):
+            raise InputError("some of the messages' image parts hold a picture and some don't: give all of them there")
         return self.text.apply_chat_template(messages), pictures
 
     def _padded(self, rows: list[list[int]]) -> dict[str, np.ndarray]:

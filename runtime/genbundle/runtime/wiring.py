@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import BundleError, InputError, Manifest
+from genbundle.bundles import BundleError, EngineError, InputError, Manifest
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
@@ -39,6 +39,9 @@ class Wiring:
             for program in manifest.programs
         }
         self.user_inputs = self._known_inputs()
+        # Programs that keep their state inside hold one generation's: the last that began.
+        self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
+        self._running: Sequences | None = None
         self._check()
 
     def open(self, inputs: Mapping[str, np.ndarray]) -> None:
@@ -56,11 +59,17 @@ class Wiring:
         route = self._route(inputs)
         state = State(self.manifest.state, len(ids))
         sequences = Sequences(state=state, mask=inputs["attention_mask"].astype(np.int64))
+        self._running = sequences
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
         return call.run(route.programs), sequences
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
+        if self._stateful and self._running is not sequences:
+            raise EngineError(
+                "another generation began on this model meanwhile, and its programs keep the state of one: finish each "
+                "before the next, or load the bundle once more for the other"
+            )
         ones = np.ones(tokens.shape, sequences.mask.dtype)
         sequences.mask = np.concatenate([sequences.mask, ones], axis=1)
         return _Call(self, {}, sequences, tokens, first=False).run(self.manifest.flow.step)
@@ -105,11 +114,22 @@ class Wiring:
         if not routes:
             needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
             raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")
-        return max(routes, key=lambda route: len(route.needs))
+        best = max(routes, key=lambda route: len(route.needs))
+        # Pictures without what belongs to them would be ignored without a word by a route for text alone.
+        needed = {name for route in self.manifest.flow.prompt for name in route.needs}
+        left = sorted((given & needed) - self._read_by(best))
+        if left:
+            other = next(route for route in self.manifest.flow.prompt if left[0] in route.needs)
+            missing = sorted(set(other.needs) - given)
+            raise InputError(f"the input {left[0]!r} needs {', '.join(missing)} beside it, which was not given")
+        return best
 
-    def _known_inputs(self) -> dict[str, None]:
+    def _read_by(self, route: Route) -> set[str]:
+        return set(self._known_inputs(tuple(self._entries[name] for name in route.programs)))
+
+    def _known_inputs(self, programs: tuple[ProgramEntry, ...] | None = None) -> dict[str, None]:
         names: dict[str, None] = {}
-        for program in self.manifest.programs:
+        for program in self.manifest.programs if programs is None else programs:
             for item in program.inputs:
                 if item.source.kind == "user" and item.source.name not in TEXT_INPUTS:
                     names[item.source.name or ""] = None
