@@ -57,7 +57,8 @@ def build_bundle(
     """Export `model` for `backend` into one self-contained bundle, replay it and publish it at `output`.
 
     Args:
-        model: a loaded generative model (float32; other dtypes are converted), a saved model's directory, or a hub id.
+        model: a loaded generative model, a saved model's directory, or a hub id. A loaded model is not copied: it is
+            left in eval mode, float32, on the CPU, without gradients.
         inputs: generate kwargs to capture from (`input_ids` int64 `[batch, length]`, `pixel_values` ...), or several
             of them that differ in what shall be dynamic (picture sizes, counts); made up from the model's vocabulary
             or processor when None.
