@@ -22,7 +22,7 @@ def test_what_differs_from_transformers_defaults_is_kept():
         )
     )  # fmt: skip
     assert generation.eos_token_ids == (7, 8)
-    assert (generation.bos_token_id, generation.pad_token_id) == (1, 7)
+    assert (generation.bos_token_id, generation.pad_token_id) == (1, None)
     assert generation.options == {
         "do_sample": True,
         "temperature": 0.6,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from genbundle.bundles import BundleError, BundleVersionError, Manifest
+from genbundle.bundles import BundleError, BundleVersionError, Manifest, open_bundle
 from genbundle.bundles.manifest import File, Flow, Input, Route, Source
 from tests.bundles.samples import CONTENT, manifest, program
 
@@ -216,3 +216,14 @@ def test_prepared_inputs_have_a_name():
 def test_a_number_of_thousands_of_digits():
     with pytest.raises(BundleError, match="is not JSON"):
         Manifest.from_json('{"format": "genbundle", "version": ' + "1" * 5000 + "}")
+
+
+def test_a_manifest_that_never_ends_is_not_read(tmp_path):
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"not a bundle, it holds no manifest\.json"):
+        open_bundle(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(2**27)
+    with pytest.raises(BundleError, match="which no manifest needs"):
+        open_bundle(tmp_path)

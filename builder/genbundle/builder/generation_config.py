@@ -72,11 +72,10 @@ def describe_generation(model: Any) -> Generation:
     }
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    pad = config.pad_token_id
     return Generation(
         eos_token_ids=tuple(int(token) for token in eos),
-        # generate falls back to the first end-of-sequence token, with a warning.
-        pad_token_id=int(eos[0]) if pad is None and eos else pad,
+        # Without one, generate and the runtime fall back to the end token that holds in that call.
+        pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         options=options,
     )

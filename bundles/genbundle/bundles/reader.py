@@ -8,6 +8,7 @@ from genbundle.bundles.errors import BundleError
 from genbundle.bundles.manifest import MANIFEST_NAME, Manifest
 
 _HASHED_WHEN_OPENED = 16 * 2**20
+_LARGEST_MANIFEST = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,13 @@ def open_bundle(path: str | Path) -> Bundle:
     root = Path(path)
     if not root.is_dir():
         raise BundleError(f"{root}: {'not a bundle directory' if root.exists() else 'no such bundle directory'}")
+    described = root / MANIFEST_NAME
+    if not described.is_file():  # a device or a pipe behind the name would never end
+        raise BundleError(f"{root}: not a bundle, it holds no {MANIFEST_NAME}")
+    if described.stat().st_size > _LARGEST_MANIFEST:
+        raise BundleError(f"{described}: has more than {_LARGEST_MANIFEST} bytes, which no manifest needs")
     try:
-        text = (root / MANIFEST_NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BundleError(f"{root}: not a bundle, it holds no {MANIFEST_NAME}") from None
+        text = described.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{root / MANIFEST_NAME}: can't be read: {error}") from error
     try:
