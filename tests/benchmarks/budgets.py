@@ -1,7 +1,9 @@
 """Measure the budgets side by side in one run: python -m tests.benchmarks.budgets [--size full|small] [--backends ...]
 
-Every figure comes from a process of its own; steps are medians, and what counts is the ratio. The shape is
-Qwen2-0.5B's with random weights (2.0 GB in float32), as the peers are timed on; speed doesn't depend on the weights.
+What is timed (memory bandwidth, eager, a bare session, each bundle) runs in a process of its own, and they take turns,
+a few steps each: a machine whose speed changes from minute to minute changes it for all of them. Figures are medians
+over the turns, and what counts is the ratio. The shape is Qwen2-0.5B's with random weights (2.0 GB in float32), as the
+peers are timed on; speed doesn't depend on the weights.
 """
 
 import argparse
@@ -11,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 CONTEXTS = (128, 900)
-STEPS = 24
+TURNS, STEPS = 12, 4
 THREADS = 2
 SHAPES = {
     "full": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -24,7 +28,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, size: str) -> None:
+def make_model(folder: str, size: str) -> None:
     """Save the reference model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -35,7 +39,7 @@ def make_model(folder: Path, size: str) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-def build(folder: Path, backend: str, bundle: Path) -> dict:
+def build(folder: str, backend: str, bundle: str) -> dict:
     """Build a bundle; peak memory of this process over the model's size in memory, and bytes over bytes."""
     import resource
 
@@ -53,67 +57,122 @@ def build(folder: Path, backend: str, bundle: Path) -> dict:
     }
 
 
-def eager(folder: Path) -> dict:
-    """Milliseconds per step of transformers' eager model."""
+Turn = Generator[float, int, None]  # what a worker is: sent a context, it begins there; then gives seconds per step
+
+
+def bandwidth(_: str) -> Turn:
+    """Seconds to read 1 GiB from memory with THREADS threads: a step, which reads every weight once, is bound by it."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    data = torch.ones(1 << 28)
+    while True:
+        started = time.perf_counter()
+        data.sum()
+        yield time.perf_counter() - started
+
+
+def eager(folder: str) -> Turn:
+    """transformers' eager model."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(THREADS)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    result = {}
-    for context in CONTEXTS:
+    model, token, past = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        torch.tensor([[7]]),
+        None,
+    )
+    seconds = 0.0
+    while True:
+        context = yield seconds
+        started = time.perf_counter()
         with torch.no_grad():
-            output = model(torch.randint(5, 1900, (1, context)), use_cache=True, logits_to_keep=1)
-            token, times = torch.tensor([[7]]), []
-            for _ in range(STEPS):
-                started = time.perf_counter()
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                times.append(time.perf_counter() - started)
-        result[f"step at {context}"] = 1e3 * statistics.median(times)
-    return result
+            ids = torch.randint(5, 1900, (1, context)) if context else token
+            output = model(ids, past_key_values=None if context else past, use_cache=True, logits_to_keep=1)
+        past, seconds = output.past_key_values, time.perf_counter() - started
 
 
-def runtime(bundle: Path) -> dict:
-    """Milliseconds per step of the runtime's loop and, for ONNX, of a bare session.run on the same inputs; peak RSS."""
-    import resource
-
+def runtime(bundle: str) -> Turn:
+    """The runtime's loop over a bundle's programs."""
     import numpy as np
 
     from genbundle.runtime import load_bundle
 
-    started = time.perf_counter()
-    model = load_bundle(bundle, threads=THREADS)
-    rng, result = np.random.default_rng(0), {}
-    for context in CONTEXTS:
-        ids = rng.integers(5, 1900, (1, context))
-        generated = model.generate(input_ids=ids, max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1)
-        result[f"step at {context}"] = 1e3 * generated.timings.steps / STEPS
-        result[f"prompt of {context}"] = 1e3 * generated.timings.prompt
-        if model.bundle.manifest.backend == "cpu":
-            result[f"bare at {context}"] = bare_session(model, context + STEPS // 2)
-    result["seconds"] = time.perf_counter() - started
-    result["peak RSS"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result
+    model, seconds, stream = load_bundle(bundle, threads=THREADS), 0.0, iter(())
+    rng = np.random.default_rng(0)
+    while True:
+        context = yield seconds
+        if context:
+            count = 2 + 2 * TURNS * STEPS
+            ids = rng.integers(5, 1900, (1, context))
+            stream = model.stream(input_ids=ids, max_new_tokens=count, min_new_tokens=count)
+        started = time.perf_counter()
+        next(stream)
+        seconds = time.perf_counter() - started
 
 
-def bare_session(model, context: int) -> float:
-    """Milliseconds of a bare `session.run` of the step's program at this context."""
+def bare(bundle: str) -> Turn:
+    """`session.run` of the same step's program on fixed inputs, nothing around it."""
     import numpy as np
 
-    session = model.backend.program("decode").session
-    feeds = {}
-    for item in session.get_inputs():
-        if item.name.startswith("past"):
-            feeds[item.name] = np.zeros((1, item.shape[1], context, item.shape[3]), np.float32)
-        else:
-            length = context + 1 if item.name == "attention_mask" else 1
-            feeds[item.name] = np.full((1, length), context if item.name == "position_ids" else 1, np.int64)
-    times = []
-    for _ in range(STEPS):
+    from genbundle.runtime import load_bundle
+
+    session, seconds, feeds = load_bundle(bundle, threads=THREADS).backend.program("decode").session, 0.0, {}
+    while True:
+        context = yield seconds
+        if context:
+            context += TURNS * STEPS // 2
+            for item in session.get_inputs():
+                if item.name.startswith("past"):
+                    feeds[item.name] = np.zeros((1, item.shape[1], context, item.shape[3]), np.float32)
+                else:
+                    length = context + 1 if item.name == "attention_mask" else 1
+                    feeds[item.name] = np.full((1, length), context if item.name == "position_ids" else 1, np.int64)
         started = time.perf_counter()
         session.run(None, feeds)
-        times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times)
+        seconds = time.perf_counter() - started
+
+
+def work(function: str, argument: str) -> None:
+    """Be a worker: a context or 0 (one step further) on each line of stdin, seconds on each line of stdout."""
+    turns = globals()[function](argument)
+    next(turns)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(turns.send(int(line)), flush=True)
+
+
+class Worker:
+    """A process that takes turns with others."""
+
+    def __init__(self, function: str, argument: str):
+        command = [sys.executable, "-m", "tests.benchmarks.budgets", "--work", function, argument]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process: Any = subprocess.Popen(command, text=True, **pipes)
+        self._process.stdout.readline()
+
+    def step(self, context: int = 0) -> float:
+        """Milliseconds of one step, or of a prompt of `context` tokens."""
+        print(context, file=self._process.stdin, flush=True)
+        return 1e3 * float(self._process.stdout.readline())
+
+    def end(self) -> None:
+        """Stop the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def side_by_side(workers: dict[str, Worker], context: int) -> dict[str, float]:
+    """Median milliseconds per step after a prompt of `context` tokens, all taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for worker in workers.values():
+        worker.step(context)
+        worker.step()
+    for _ in range(TURNS):
+        for name, worker in workers.items():
+            times[name] += [worker.step() for _ in range(STEPS)]
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def import_time() -> dict:
@@ -143,36 +202,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SHAPES, default="full")
     parser.add_argument("--backends", nargs="+", default=["cpu", "xnnpack"])
+    parser.add_argument("--keep", type=Path, help="a folder whose model and bundles are used again")
     parser.add_argument("--call", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.work:
+        return work(*options.work)
     if options.call:
         name, *arguments = options.call
-        paths = [Path(item) if "/" in item else item for item in arguments]
-        print(json.dumps(globals()[name](*paths)))
-        return
+        return print(json.dumps(globals()[name](*arguments)))
     rows = [("import genbundle.runtime, s", import_time()["seconds"], 0.25)]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        make_model(folder, options.size)
-        reference = in_process("eager", str(folder))
-        print("eager", reference, flush=True)
-        for backend in options.backends:
-            bundle = str(Path(temporary) / f"{backend}.bundle")
-            built = in_process("build", str(folder), backend, bundle)
-            ran = in_process("runtime", bundle)
-            print(backend, built, ran, flush=True)
+        root = options.keep or Path(temporary)
+        folder, bundles = root / "model", {name: root / f"{name}.bundle" for name in options.backends}
+        if not folder.exists():
+            in_process("make_model", str(folder), options.size)
+        for backend, bundle in bundles.items():
+            if bundle.exists():
+                continue
+            built = in_process("build", str(folder), backend, str(bundle))
+            print(backend, built, flush=True)
             limit = 1.03 if backend != "xnnpack" else 1.30  # a .pte holds the tied embedding once more
             rows.append((f"{backend}: bytes over weights", built["bytes over weights"], limit))
             rows.append((f"{backend}: build's peak memory over the model's", built["peak over model"], 3.0))
-            for context in CONTEXTS:
-                ratio = ran[f"step at {context}"] / reference[f"step at {context}"]
-                rows.append((f"{backend}: step over eager at {context}", ratio, 0.45))
-                if f"bare at {context}" in ran:
-                    bare = ran[f"step at {context}"] / ran[f"bare at {context}"]
-                    rows.append((f"{backend}: step over bare session.run at {context}", bare, 1.05))
+        rows += step_ratios(folder, bundles)
     print(f"\n| {'budget':50} | measured | at most |\n|{'-' * 52}|----------|---------|")
     for name, measured, limit in rows:
         print(f"| {name:50} | {measured:8.3f} | {limit:7.2f} |")
+
+
+def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float, float]]:
+    """The bundles' steps over eager's, and the ONNX one's over a bare session's."""
+    workers = {"memory": Worker("bandwidth", ""), "eager": Worker("eager", str(folder))}
+    workers |= {name: Worker("runtime", str(bundle)) for name, bundle in bundles.items()}
+    if "cpu" in bundles:
+        workers["bare"] = Worker("bare", str(bundles["cpu"]))
+    rows = []
+    for context in CONTEXTS:
+        found = side_by_side(workers, context)
+        speed = 2**30 / found["memory"] / 1e6
+        print(f"context {context}, ms: {found}; memory {speed:.1f} GB/s", flush=True)
+        rows += [(f"{name}: step over eager at {context}", found[name] / found["eager"], 0.45) for name in bundles]
+        if "bare" in found:
+            rows.append((f"cpu: step over bare session.run at {context}", found["cpu"] / found["bare"], 1.05))
+    for worker in workers.values():
+        worker.end()
+    return rows
 
 
 if __name__ == "__main__":

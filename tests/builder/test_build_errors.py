@@ -8,6 +8,7 @@ from tests.zoo import models
 
 from genbundle.builder import build as build_module
 from genbundle.builder import build_bundle
+from genbundle.builder.loading import borrowed
 from genbundle.bundles import BuildError, UnsupportedModelError, VerificationError
 
 
@@ -107,3 +108,19 @@ def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match=r"short prompt: step 11 of sequence 0 gives token \d+, eager gave \d+"):
         build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_callers_model_is_as_before(dtype):
+    model = tiny_llama().to(dtype).train()
+    model.model.norm.eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: item.clone() for name, item in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop here"), borrowed(model):
+        assert not any(module.training for module in model.modules())
+        assert {item.dtype for item in model.parameters()} == {torch.float32}
+        raise RuntimeError("stop here")
+    assert model.training and not model.model.norm.training and model.model.layers.training
+    assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
+    for name, item in model.state_dict().items():
+        assert item.dtype == before[name].dtype and torch.equal(item, before[name]), name

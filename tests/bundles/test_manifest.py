@@ -129,8 +129,27 @@ def change(path, value):
         (
             ("programs", 0, "outputs", 1, "shape", 1),
             -2,
-            "Expected sizes of at least 0 - at `$.programs[0].outputs[1].shape`",
+            "Expected sizes of at least 0 and at most 2147483648 elements - at `$.programs[0].outputs[1].shape`",
         ),
+        (
+            ("state", 0, "shape"),
+            ["batch", 100_000, 100_000],
+            "Expected sizes of at least 0 and at most 2147483648 elements - at `$.state[0].shape`",
+        ),
+        (("state", 0, "dtype"), "int65", "Expected a dtype name, got 'int65' - at `$.state[0].dtype`"),
+        (
+            ("programs", 0, "inputs", 1, "source"),
+            {"kind": "constant"},
+            "Missing field `value` - at `$.programs[0].inputs[1].source`",
+        ),
+        (
+            ("programs", 0, "inputs", 1, "source", "options"),
+            {"pieces": "nothing"},
+            "Expected an input's name, got 'nothing' - at `$.programs[0].inputs[1].source.options.pieces`",
+        ),
+        (("images", "placeholder"), "", "Expected a text that isn't empty - at `$.images.placeholder`"),
+        (("flow", "batch"), 0, "Expected at least 1, got 0 - at `$.flow.batch`"),
+        (("flow", "capacity"), -1, "Expected at least 1, got -1 - at `$.flow.capacity`"),
         (
             ("programs", 0, "inputs", 2, "source"),
             {"kind": "state"},

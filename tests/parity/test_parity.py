@@ -42,6 +42,7 @@ def test_text(name, backend, loaded):
         (single, {"max_new_tokens": 15}),
         (batch, {"max_new_tokens": 15}),
         (single, {"max_new_tokens": 9, "repetition_penalty": 1.4}),
+        (batch, {"max_new_tokens": 9, "repetition_penalty": 1.4}),
     ):
         expected = eager(model, inputs, **options)
         got = bundle.generate(**arrays(inputs), do_sample=False, **options)
@@ -125,6 +126,50 @@ def test_one_generation_at_a_time_where_programs_keep_the_state(loaded):
     next(bundle.stream(input_ids=ids + 1, max_new_tokens=4, do_sample=False))
     with pytest.raises(EngineError, match="another generation began"):
         next(first)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [np.array([1, 4, 4]), np.zeros((0, 3), np.int64), np.array([[1, 0, 0]]), np.array([[1, 4]]), np.ones((2, 3))],
+)
+def test_grids_that_do_not_fit_are_refused(grid, loaded):
+    inputs = arrays(models.samples("qwen3_vl")[0]) | {"image_grid_thw": grid}
+    with pytest.raises(InputError):
+        loaded("qwen3_vl").generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_of_another_shape_are_refused(backend, loaded):
+    inputs = arrays(models.samples("llava")[0])
+    inputs["pixel_values"] = inputs["pixel_values"][..., :-1]
+    with pytest.raises(InputError, match="pixel_values: expected shape"):
+        loaded("llava", backend).generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_ids_beyond_the_vocabulary_are_an_error(backend, loaded):
+    with pytest.raises((EngineError, InputError)):
+        loaded("llama", backend).generate(input_ids=np.array([[5, 10**6]]), max_new_tokens=2)
+
+
+def test_chat_templates_get_their_variables(loaded):
+    bundle = loaded("chat")
+    messages = [{"role": "user", "content": "hello"}]
+    bundle.generate(messages, chat_template_kwargs={"tools": []}, max_new_tokens=1)
+    with pytest.raises(InputError, match="chat_template_kwargs belong to chat messages"):
+        bundle.generate("hello", chat_template_kwargs={"tools": []})
+    with pytest.raises(InputError, match="expected a mapping without 'messages'"):
+        bundle.generate(messages, chat_template_kwargs={"messages": []})
+
+
+def test_a_window_is_crossed_by_the_held_out_inputs(bundle):
+    checks = bundle("mistral").manifest.verification.checks
+    assert max(check.prompt_length for check in checks) > models.make("mistral").config.sliding_window
+
+
+def test_a_long_limit_reserves_no_memory(loaded):
+    stream = loaded("gpt2").stream(input_ids=np.array([[5, 6]]), max_new_tokens=10**15)
+    assert next(stream).token_id >= 0
 
 
 def test_pictures_without_their_grid_are_not_ignored(loaded):

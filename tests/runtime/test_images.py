@@ -15,7 +15,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from genbundle.bundles import BundleError, InputError
 from genbundle.bundles.manifest import Images
-from genbundle.runtime.images import expand_placeholders, load_image, preprocess
+from genbundle.runtime.images import expand_placeholders, load_image, pictures_of, preprocess
 
 CLIP = (
     {"op": "convert_rgb"},
@@ -295,3 +295,28 @@ def test_more_pictures_than_the_model_takes():
     images = description(*CLIP, placeholder="<image>", expansion="<image>", per_prompt=1)
     with pytest.raises(InputError, match="at most 1 pictures per prompt, got 2"):
         expand_placeholders("<image><image>", 2, images)
+
+
+def test_pictures_in_messages():
+    url = "data:image/png;base64,AAAA"
+    messages = [
+        {"role": "system", "content": "Answer."},
+        {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]},
+        {"role": "assistant", "content": None},
+    ]
+    assert pictures_of(messages) == ["a.png", url]
+    assert pictures_of([{"role": "user", "content": [{"type": "image"}]}]) == []
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "file:///etc/passwd", "/etc/passwd", None, 3])
+def test_picture_urls_are_data_and_name_no_file(url):
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    with pytest.raises(InputError, match=r"image_url: expected \{'url': 'data:image"):
+        pictures_of(messages)
+
+
+def test_messages_of_which_only_some_hold_their_picture():
+    content = [{"type": "image", "image": "a.png"}, {"type": "image"}]
+    with pytest.raises(InputError, match="some of the messages' image parts hold a picture and some don't"):
+        pictures_of([{"role": "user", "content": content}])

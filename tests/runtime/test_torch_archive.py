@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from genbundle.bundles import BundleError
-from genbundle.runtime.backends.torch_export import _check_archive
+from genbundle.runtime.backends.torch_export import _check_archive, _weight_names
 
 SYMBOL = "Symbol('s15', positive=True, integer=True)"
 PROGRAM = {
@@ -26,6 +26,13 @@ def write(path, program=PROGRAM, constants=CONSTANTS, **more):
         for name, content in files.items():
             archive.writestr(name, content)
     return path
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"w": 1}', "{"])
+def test_a_weights_table_that_is_none(tmp_path, content):
+    (tmp_path / "w.json").write_text(content)
+    with pytest.raises(BundleError, match=r"w\.json: (can't be read|expected an object)"):
+        _weight_names(tmp_path / "w.json")
 
 
 def test_a_plain_archive(tmp_path):

@@ -12,12 +12,19 @@ from transformers import PreTrainedModel
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.image_text import image_text_components, image_token
-from genbundle.builder.loading import Loaded, load
+from genbundle.builder.loading import Loaded, borrowed, load
 from genbundle.builder.plan import Capture, capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.programs import decoder_component, text_flow
 from genbundle.builder.progress import show_progress
-from genbundle.builder.samples import Samples, as_inputs, from_processor, generates_from_text_alone, make_samples
+from genbundle.builder.samples import (
+    Samples,
+    as_inputs,
+    from_processor,
+    generates_from_text_alone,
+    make_samples,
+    smallest_window,
+)
 from genbundle.builder.verify import GOLDEN_LOGITS, record
 from genbundle.bundles import BuildError, Bundle
 from genbundle.bundles.golden import GOLDEN_NAME, write_golden
@@ -58,7 +65,7 @@ def build_bundle(
 
     Args:
         model: a loaded generative model, a saved model's directory, or a hub id. A loaded model is not copied: it is
-            left in eval mode, float32, on the CPU, without gradients.
+            put into eval mode and float32 on the CPU for the build, and is as before afterwards.
         inputs: generate kwargs to capture from (`input_ids` int64 `[batch, length]`, `pixel_values` ...), or several
             of them that differ in what shall be dynamic (picture sizes, counts); made up from the model's vocabulary
             or processor when None.
@@ -84,7 +91,7 @@ def build_bundle(
         announce("load the model")
         loaded = load(model, processor)
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
-        with new_bundle(target, overwrite=overwrite) as writer:
+        with borrowed(loaded.model), new_bundle(target, overwrite=overwrite) as writer:
             samples = make_samples(loaded.model, given or from_processor(loaded.model, loaded.processor))
             manifest = _export(loaded, samples, settings, writer.path, announce)
             if settings.verify:
@@ -220,7 +227,12 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
     pending = None
     if manifest.backend == "cuda":
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
-    return replace(manifest, verification=Verification(provider=runtime.backend.device, checks=checks, pending=pending))
+    notes = manifest.notes
+    window, longest = smallest_window(model), max(check.prompt_length + check.new_tokens for check in checks)
+    if window is not None and window > longest:
+        notes += (f"verified on up to {longest} tokens: the layers' window of {window} was not reached",)
+    report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
+    return replace(manifest, verification=report, notes=notes)
 
 
 def _context_length(model: PreTrainedModel) -> int | None:

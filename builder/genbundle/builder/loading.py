@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from genbundle.bundles import BuildError, UnsupportedModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model in float32 eval mode, its processor or tokenizer where there is one, and a name for the manifest."""
+    """A generative model, its processor or tokenizer where there is one, and a name for the manifest."""
 
     model: PreTrainedModel
     processor: Any | None
@@ -40,11 +42,38 @@ def load(model: Any, processor: Any | None) -> Loaded:
             f"{type(model).__name__} can't generate: give a model with a language-modeling head (...ForCausalLM, "
             "...ForConditionalGeneration)"
         )
-    model = model.eval().requires_grad_(False)
-    if any(parameter.dtype != torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
-        # A copy would cost the model's size again; a caller's half-precision model is converted in place.
-        model = model.float()
-    return Loaded(model=model.cpu(), processor=processor, name=name)
+    return Loaded(model=model, processor=processor, name=name)
+
+
+@contextmanager
+def borrowed(model: PreTrainedModel) -> Iterator[None]:
+    """`model` ready to export inside the block: eval mode, no gradients, float32, on the CPU; as it was afterwards.
+
+    In place, since a copy would cost the model's size again; half-precision weights come back with the same bits.
+    """
+    modes = {module: module.training for module in model.modules()}
+    parameters = [(item, item.requires_grad, item.dtype, item.device) for item in model.parameters()]
+    buffers = [
+        (module._buffers, name, item.dtype, item.device)
+        for module in modes
+        for name, item in module._buffers.items()
+        if item is not None
+    ]
+    try:
+        model.eval().requires_grad_(False)
+        if any(item.is_floating_point() and item.dtype != torch.float32 for item in model.parameters()):
+            model.float()
+        model.cpu()
+        yield
+    finally:
+        for item, needs_gradient, dtype, device in parameters:
+            item.data = item.data.to(device, dtype)
+            item.requires_grad_(needs_gradient)
+        for owner, name, dtype, device in buffers:
+            item = owner[name]
+            owner[name] = None if item is None else item.to(device, dtype)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _from_pretrained(source: str) -> tuple[PreTrainedModel, Any | None]:

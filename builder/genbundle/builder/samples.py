@@ -14,6 +14,8 @@ from genbundle.builder.exporting import first_line, quiet
 from genbundle.bundles import BuildError
 
 Inputs = dict[str, torch.Tensor]
+_PAST_WINDOW = 5  # how far a held-out prompt goes beyond a sliding window
+_LONGEST_SAMPLE = 1100  # tokens of a held-out prompt: eager runs it too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,9 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
             "longer prompt": maker.text(33),
             "padded batch": left_padded([maker.text(4), maker.text(12), maker.text(7)], pad),
         }
+        window = smallest_window(model)
+        if window is not None and 33 < window + _PAST_WINDOW <= _LONGEST_SAMPLE:
+            held_out["prompt past the window"] = maker.text(window + _PAST_WINDOW)
         return Samples(capture=capture, held_out=held_out)
     first, last = given[0], given[-1]
     single = first["input_ids"].shape[0] == 1
@@ -185,6 +190,18 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
         ]
         held_out["padded batch"] = left_padded(rows, pad)
     return Samples(capture=capture, held_out=held_out)
+
+
+def smallest_window(model: PreTrainedModel) -> int | None:
+    """The fewest tokens that a layer of `model` looks back on, by its config; None where every layer sees all."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    windows = [
+        getattr(config, field, None)
+        for field, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
+        if not kinds or kind in kinds
+    ]
+    return min((size for size in windows if isinstance(size, int) and size > 0), default=None)
 
 
 def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:

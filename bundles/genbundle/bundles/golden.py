@@ -65,7 +65,7 @@ def read_golden(path: Path) -> list[GoldenCase]:
         content = msgpack.unpackb(path.read_bytes(), max_map_len=100_000)
         if content["version"] != _VERSION:
             raise BundleError(f"{path}: golden file version {content['version']!r}, expected {_VERSION}")
-        return [
+        cases = [
             GoldenCase(
                 name=case["name"],
                 inputs={name: _unpack(array) for name, array in case["inputs"].items()},
@@ -76,6 +76,14 @@ def read_golden(path: Path) -> list[GoldenCase]:
             )
             for case in content["cases"]
         ]
+        for case in cases:
+            ids, logits = case.top_ids, case.top_logits
+            new = case.sequences.shape[-1] - case.inputs["input_ids"].shape[-1]
+            if ids.ndim != 3 or ids.shape != logits.shape or ids.shape[2] < 1 or (ids < 0).any():
+                raise ValueError(f"{case.name}: top_ids {ids.shape} and top_logits {logits.shape} don't fit")
+            if case.sequences.ndim != 2 or ids.shape[:2] != (len(case.sequences), new):
+                raise ValueError(f"{case.name}: sequences {case.sequences.shape} and top_ids {ids.shape} don't fit")
+        return cases
     except (KeyError, TypeError, ValueError, AttributeError, msgpack.exceptions.UnpackException) as error:
         raise BundleError(f"{path}: not a golden file: {error}") from error
 

@@ -4,6 +4,7 @@ The normative text is docs/format.md; docs/manifest.schema.json is generated fro
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from genbundle.bundles.dtypes import DTYPE_NAMES
 from genbundle.bundles.errors import BundleError, BundleVersionError
 
 FORMAT = "genbundle"
+_MOST_ELEMENTS = 2**31
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -276,6 +278,16 @@ def _check(manifest: Manifest) -> None:
     states = {state.name for state in manifest.state}
     for index, program in enumerate(manifest.programs):
         _check_program(program, states, f"$.programs[{index}]")
+    for index, state in enumerate(manifest.state):
+        _check_shape(state.shape, f"$.state[{index}].shape")
+        if state.dtype not in DTYPE_NAMES:
+            raise BundleError(f"Expected a dtype name, got {state.dtype!r} - at `$.state[{index}].dtype`")
+    if manifest.images is not None and manifest.images.placeholder == "":
+        raise BundleError("Expected a text that isn't empty - at `$.images.placeholder`")
+    for name in ("batch", "capacity"):
+        value = getattr(manifest.flow, name)
+        if value is not None and value < 1:
+            raise BundleError(f"Expected at least 1, got {value} - at `$.flow.{name}`")
     routes = [(f"$.flow.prompt[{i}].programs", route.programs) for i, route in enumerate(manifest.flow.prompt)]
     for path, used in [*routes, ("$.flow.step", manifest.flow.step)]:
         if not used:
@@ -287,16 +299,29 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("Expected at least one route - at `$.flow.prompt`")
 
 
+def _check_shape(shape: tuple[int | str, ...], path: str) -> None:
+    """The fixed sizes of a tensor that a runtime may have to make must not ask for terabytes."""
+    fixed = [size for size in shape if isinstance(size, int)]
+    if any(size < 0 for size in fixed) or math.prod(fixed) > _MOST_ELEMENTS:
+        raise BundleError(f"Expected sizes of at least 0 and at most {_MOST_ELEMENTS} elements - at `{path}`")
+
+
 def _check_program(program: Program, states: set[str], path: str) -> None:
     for part, values in (("inputs", program.inputs), ("outputs", program.outputs)):
         for index, value in enumerate(values):
             if value.dtype not in DTYPE_NAMES:
                 raise BundleError(f"Expected a dtype name, got {value.dtype!r} - at `{path}.{part}[{index}].dtype`")
-            if any(isinstance(size, int) and size < 0 for size in value.shape):
-                raise BundleError(f"Expected sizes of at least 0 - at `{path}.{part}[{index}].shape`")
+            _check_shape(value.shape, f"{path}.{part}[{index}].shape")
     for index, item in enumerate(program.inputs):
         if item.source.kind in ("user", "state", "output", "prepared") and item.source.name is None:
             raise BundleError(f"Missing field `name` - at `{path}.inputs[{index}].source`")
+        if item.source.kind == "constant" and item.source.value is None:
+            raise BundleError(f"Missing field `value` - at `{path}.inputs[{index}].source`")
+        by = item.source.options.get("pieces")
+        if by not in (None, "each", "offsets", *(other.name for other in program.inputs)):
+            raise BundleError(
+                f"Expected an input's name, got {by!r} - at `{path}.inputs[{index}].source.options.pieces`"
+            )
         if item.source.kind == "state" and item.source.name not in states:
             raise BundleError(f"Expected a state entry, got {item.source.name!r} - at `{path}.inputs[{index}].source`")
     for index, item in enumerate(program.outputs):

@@ -1,6 +1,7 @@
 """The generation loop in layers: `steps` (token ids) under `stream` (text as it comes) and `generate` (the whole)."""
 
 import time
+from array import array as IntArray
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,9 +146,8 @@ def steps(
     samplers = [
         options.sampler(None if options.seed is None else options.seed + first_row + row) for row in range(batch)
     ]
-    starts = prompt_length - inputs["attention_mask"].sum(axis=1)
-    rows = np.empty((batch, prompt_length + limit), np.int64)
-    rows[:, :prompt_length] = ids
+    # What the repetition penalty counts: padding left out, as transformers does.
+    seen = [IntArray("q", row[mask]) for row, mask in zip(ids, inputs["attention_mask"] != 0, strict=True)]
     reasons: list[str | None] = [None] * batch
     wiring.open(inputs)
     begun = time.perf_counter()
@@ -162,14 +162,14 @@ def steps(
             scores = logits[row]
             if length - prompt_length < options.min_new_tokens:
                 scores = suppress(scores, options.eos_token_ids)
-            token = tokens[row] = samplers[row](scores, rows[row, starts[row] : length])
+            token = tokens[row] = samplers[row](scores, np.array(seen[row], np.int64))
+            seen[row].append(token)
             if token in options.eos_token_ids:
                 reasons[row] = "eos"
             elif stop is not None and stop(row, int(token)):
                 reasons[row] = "stop"
             elif length + 1 == prompt_length + limit:
                 reasons[row] = "length"
-        rows[:, length] = tokens
         clock.new_tokens += 1
         clock.steps = time.perf_counter() - stepping
         yield Step(tokens=tokens, logits=logits, finish_reasons=tuple(reasons))

@@ -58,6 +58,37 @@ def load_image(source: Any) -> Image:
     raise InputError(f"expected a picture, got {type(source).__name__}: accepted is {_ACCEPTED}")
 
 
+def pictures_of(messages: Sequence[Any]) -> list[Any]:
+    """The pictures that chat messages carry, in order, each as `load_image` takes it.
+
+    An `image` part holds its picture as `image`, `path` or `url`; an OpenAI `image_url` part holds a `data:` URL.
+
+    Raises:
+        InputError: parts of which only some hold a picture, or an `image_url` that is no `data:` URL.
+    """
+    found = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") == "image":
+                found.append(next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None))
+            elif isinstance(part, Mapping) and part.get("type") == "image_url":
+                found.append(_data_url(part.get("image_url")))
+    pictures = [picture for picture in found if picture is not None]
+    if pictures and len(pictures) != len(found):
+        raise InputError("some of the messages' image parts hold a picture and some don't: give all of them there")
+    return pictures
+
+
+def _data_url(value: Any) -> str:
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise InputError(
+            f"image_url: expected {{'url': 'data:image/...;base64,...'}}, got {value!r:.80}; nothing is downloaded here"
+        )
+    return url
+
+
 def preprocess(images: Sequence[Any], description: Images) -> np.ndarray:
     """The pixels of pictures as the model takes them.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from genbundle.bundles import Bundle, InputError
 from genbundle.runtime.generate import Clock, Generation, Step, Stop, Timings, collect, complete_inputs, steps
-from genbundle.runtime.images import expand_placeholders, preprocess
+from genbundle.runtime.images import expand_placeholders, pictures_of, preprocess
 from genbundle.runtime.program import Backend
 from genbundle.runtime.sampling import GenerationOptions, options_from
 from genbundle.runtime.text import StopStrings, StreamDecoder, TextProcessor
@@ -43,6 +43,7 @@ class Model:
         prompt: str | Sequence[Mapping[str, Any]] | Sequence[str] | None = None,
         *,
         images: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Generation:
         """Generate from text, from chat messages, or from arrays (`input_ids=` and the model's other inputs).
@@ -50,7 +51,11 @@ class Model:
         Args:
             prompt: text, a list of texts (a batch), or chat messages (`[{"role": "user", "content": ...}]`).
             images: pictures for the prompt's placeholders, in order: a path, bytes, a PIL image, a uint8 array
-                `[height, width, 3]`, or a list of them.
+                `[height, width, 3]`, or a list of them. Messages may carry theirs: `{"type": "image", "image": ...}`
+                takes the same, paths included; `{"type": "image_url", "image_url": {"url": ...}}` only `data:` URLs, so
+                that messages of strangers in OpenAI's form can't name files here.
+            chat_template_kwargs: what the model's chat template reads besides messages (`tools`, `enable_thinking`
+                ...).
             **kwargs: the model's inputs as arrays, and the options in `genbundle.runtime.sampling.GenerationOptions`
                 (`max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`,
                 `stop` ...); what isn't given comes from the model's generation config.
@@ -61,7 +66,7 @@ class Model:
         Raises:
             InputError: inputs or options that this bundle can't take; says what was given and what is accepted.
         """
-        inputs, options = self._prepare(prompt, images, kwargs)
+        inputs, options = self._prepare(prompt, images, chat_template_kwargs, kwargs)
         watcher = self._stop_watcher(options, len(inputs["input_ids"]))
         clock = Clock()
         taken, new = collect(self.wiring, inputs, options, watcher, clock)
@@ -74,13 +79,18 @@ class Model:
         )
 
     def stream(
-        self, prompt: str | Sequence[Mapping[str, Any]] | None = None, *, images: Any = None, **kwargs: Any
+        self,
+        prompt: str | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        images: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Iterator[Chunk]:
         """Generate one sequence and yield each token as it comes; arguments as for `generate`.
 
         The chunks' texts together are `generate(...).text`. Raises InputError before the first chunk.
         """
-        inputs, options = self._prepare(prompt, images, kwargs)
+        inputs, options = self._prepare(prompt, images, chat_template_kwargs, kwargs)
         if len(inputs["input_ids"]) != 1:
             raise InputError(f"a stream is one sequence, got a batch of {len(inputs['input_ids'])}: use generate")
         return self._chunks(inputs, options)
@@ -107,7 +117,7 @@ class Model:
             yield Chunk(text=shown, token_id=token, finish_reason=reason, timings=timings)
 
     def _prepare(
-        self, prompt: Any, images: Any, kwargs: Mapping[str, Any]
+        self, prompt: Any, images: Any, variables: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, np.ndarray], GenerationOptions]:
         """Inputs as arrays, and the options; a name that is neither is refused as an unknown option."""
         names = {*TEXT_INPUTS, *self.wiring.user_inputs}
@@ -125,12 +135,12 @@ class Model:
         if prompt is not None:
             if "input_ids" in arrays:
                 raise InputError("give a prompt or input_ids, not both")
-            arrays |= self._encode(prompt, images)
+            arrays |= self._encode(prompt, images, variables)
         elif images is not None:
             raise InputError("images belong to a prompt; with input_ids give the model's own inputs (pixel_values ...)")
         return complete_inputs(arrays, self.bundle), options
 
-    def _encode(self, prompt: Any, images: Any) -> dict[str, np.ndarray]:
+    def _encode(self, prompt: Any, images: Any, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
         """Token ids, mask and pixels for text, a list of texts or chat messages."""
         pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
         chat = (
@@ -139,8 +149,10 @@ class Model:
             and isinstance(next(iter(prompt), None), Mapping)
         )
         if chat:
-            prompt, more = self._chat(prompt)
-            pictures = [*more, *pictures]
+            pictures = [*pictures_of(prompt), *pictures]
+            prompt = self.text.apply_chat_template(prompt, **_variables(variables))
+        elif variables:
+            raise InputError("chat_template_kwargs belong to chat messages, and the prompt is text")
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"expected a text, a list of texts or chat messages, got {type(prompt).__name__}")
@@ -156,23 +168,6 @@ class Model:
         if not all(rows):
             raise InputError("the prompt has no tokens: give some text")
         return {**inputs, **self._padded(rows)}
-
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
-        """The rendered chat, and the pictures that its messages carry (`{"type": "image", "image": ...}`)."""
-        parts = [
-            part
-            for message in messages
-            if isinstance(message, Mapping) and not isinstance(message.get("content"), str)
-            for part in message.get("content") or ()
-            if isinstance(part, Mapping) and part.get("type") == "image"
-        ]
-        found = [
-            next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None) for part in parts
-        ]
-        pictures = [picture for picture in found if picture is not None]
-        if pictures and len(pictures) != len(found):
-            raise InputError("some of the messages' image parts hold a picture and some don't: give all of them there")
-        return self.text.apply_chat_template(messages), pictures
 
     def _padded(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
         text, generation = self.bundle.manifest.text, self.bundle.manifest.generation
@@ -206,6 +201,13 @@ class Model:
                 text = shown if stopped else text
             texts.append(text)
         return tuple(texts)
+
+
+def _variables(given: Any) -> dict[str, Any]:
+    """What the caller gives the chat template; InputError for what can't be that."""
+    if given is not None and (not isinstance(given, Mapping) or "messages" in given):
+        raise InputError(f"chat_template_kwargs: expected a mapping without 'messages', got {given!r:.80}")
+    return dict(given or {})
 
 
 def _expand(texts: Sequence[str], pictures: int, description: Any) -> list[str]:

@@ -54,5 +54,7 @@ def _parts(
     rows = [name for name in names if name in divided]
     by = divided[rows[0]]
     offsets = range(len(inputs[rows[0]]) + 1) if by == "each" else [int(offset) for offset in inputs[by]]
+    if offsets[-1] != len(inputs[rows[0]]):
+        raise InputError(f"{rows[0]} has {len(inputs[rows[0]])} rows, the pictures' grids have {offsets[-1]}")
     for start, end in itertools.pairwise(offsets):
         yield {name: inputs[name][start:end] if name in divided else inputs[name] for name in names}

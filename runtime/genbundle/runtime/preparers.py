@@ -28,6 +28,8 @@ def vision_grid(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray
     """
     grids = inputs[options["inputs"][0]].astype(np.int64)
     merge = int(options["spatial_merge_size"])
+    if (grids < 1).any() or (grids[:, 1:] % merge).any():
+        raise ValueError(f"patch grids of at least 1, heights and widths multiples of {merge}, got {grids.tolist()}")
     frames = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
     result = {"cu_seqlens": np.concatenate([[0], frames.cumsum()])}
     positions = np.concatenate([_merge_order(time, height, width, merge) for time, height, width in grids.tolist()])

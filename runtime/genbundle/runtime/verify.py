@@ -81,7 +81,7 @@ def _compare(case: GoldenCase, taken: list[Step], new: np.ndarray, expected: np.
 
 def _margin(case: GoldenCase, row: int, index: int) -> float:
     """How far eager's first choice was ahead of its second."""
-    if index >= case.top_logits.shape[1]:
+    if index >= case.top_logits.shape[1] or case.top_logits.shape[2] < 2:
         return float("nan")
     first, second = np.sort(case.top_logits[row, index])[::-1][:2]
     return float(first - second)

@@ -1,6 +1,7 @@
 """Feeds every program from generation inputs, earlier programs, position rules and state, as the manifest says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,12 @@ class Wiring:
                         f"{program.name!r}'s input {item.name!r} needs the {item.source.kind} rule "
                         f"{item.source.rule!r}, known here are {', '.join(known)}: upgrade genbundle"
                     )
+        steps = self._rules(self.manifest.flow.step)
+        for route in self.manifest.flow.prompt:
+            if steps - self._rules(route.programs):
+                raise BundleError(
+                    f"the steps go on with {sorted(steps)}, which the prompt {route.programs} never begins"
+                )
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
             for name in names:
@@ -103,6 +110,11 @@ class Wiring:
                 given |= {output.name for output in self._entries[name].outputs}
             if "logits" not in given:
                 raise BundleError(f"the programs {list(names)} give no logits")
+
+    def _rules(self, names: Iterable[str]) -> set[str]:
+        """The position rules that programs read; a step goes on from the prompt's last positions."""
+        inputs = (item for name in names for item in self._entries[name].inputs)
+        return {item.source.rule or "" for item in inputs if item.source.kind == "position"}
 
     def _route(self, inputs: Mapping[str, np.ndarray]) -> Route:
         given = {name for name in inputs if name not in TEXT_INPUTS}
@@ -137,6 +149,15 @@ class Wiring:
                 if item.source.kind == "prepared":
                     names.update(dict.fromkeys(item.source.options.get("inputs", ())))
         return names
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """InputError for arrays that a numpy rule can't work with: of another rank or size, or grids that don't add up."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, StopIteration, RuntimeError, MemoryError) as error:
+        raise InputError(f"{what} can't be computed from these inputs: {error!r}") from error
 
 
 class _Call:
@@ -206,10 +227,8 @@ class _Call:
         rule = source.rule or ""
         if rule not in self.positions:
             if self.first:
-                try:
+                with _refusing(f"position ids ({rule})"):
                     self.positions[rule] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
-                except (KeyError, ValueError, StopIteration, RuntimeError) as error:
-                    raise InputError(f"position ids can't be computed from these inputs: {error!r}") from error
             else:
                 last = self.sequences.positions[rule]
                 self.positions[rule] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
@@ -221,7 +240,8 @@ class _Call:
             missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
             if missing:
                 raise InputError(f"the prompt needs the input {missing[0]!r}, which was not given")
-            self.prepared[rule] = PREPARERS[rule](self.inputs, source.options)
+            with _refusing(f"the program's inputs ({rule})"):
+                self.prepared[rule] = PREPARERS[rule](self.inputs, source.options)
         return self.prepared[rule]
 
     def _check_placeholders(self, entry: ProgramEntry, outputs: Mapping[str, Any]) -> None:

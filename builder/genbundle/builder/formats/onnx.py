@@ -8,6 +8,8 @@ import onnx_ir as ir
 from genbundle.builder.components import Component, as_state
 from genbundle.builder.exporting import to_onnx
 from genbundle.builder.formats import Exported, Progress, describe_inputs, naming
+from genbundle.builder.passes.packed_biases import add_biases_before_split
+from genbundle.builder.passes.reshapes import remove_round_trips
 from genbundle.builder.passes.tied_weights import share_transposed_weights
 from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPool
 from genbundle.bundles import UnsupportedModelError
@@ -28,6 +30,9 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
             model = to_onnx(component.module, component.sample, component.axes, fused_for)
         _expect_dynamic(model, component)
         share_transposed_weights(model)
+        if fused_for is not None:
+            remove_round_trips(model)
+            add_biases_before_split(model)
         _name_axes(model, component)
         program = _describe(model, component, states)
         _rename(model, component)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -46,6 +47,7 @@ class ExecuTorchBackend:
         self._runtime, self._bundle = runtime, bundle
         self._files: dict[str, Any] = {}
         self._methods: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()  # a method's memory is one: two threads in it would mix their tensors
 
     def program(self, name: str) -> "ExecuTorchProgram":
         """The program of that name, its method loaded when it is first asked for.
@@ -56,7 +58,7 @@ class ExecuTorchBackend:
         method = entry.method or "forward"
         if (entry.file, method) not in self._methods:
             self._methods[entry.file, method] = self._load(entry.file, method)
-        return ExecuTorchProgram(entry, self._methods[entry.file, method])
+        return ExecuTorchProgram(entry, self._methods[entry.file, method], self._lock)
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """A torch tensor (or a numpy array) as a numpy array over the same memory."""
@@ -82,8 +84,8 @@ class ExecuTorchBackend:
 class ExecuTorchProgram:
     """One method: numpy arrays or torch tensors in by name, torch tensors out by name."""
 
-    def __init__(self, entry: Program, method: Any):
-        self._entry, self._method = entry, method
+    def __init__(self, entry: Program, method: Any, lock: threading.Lock):
+        self._entry, self._method, self._lock = entry, method, lock
         self._names = taken_inputs(entry)
         self._outputs = [output.name for output in entry.outputs]
 
@@ -93,7 +95,8 @@ class ExecuTorchProgram:
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Sequence[Any]:
         try:
-            return self._method.execute([_to_torch(inputs[name]) for name in self._names])
+            with self._lock:
+                return self._method.execute([_to_torch(inputs[name]) for name in self._names])
         except RuntimeError as error:
             shapes = {name: list(inputs[name].shape) for name in self._names}
             raise EngineError(

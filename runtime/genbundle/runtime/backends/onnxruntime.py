@@ -79,12 +79,17 @@ class OnnxProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
-        feeds = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
         try:
-            results = self.session.run_with_ort_values(self.outputs, feeds)
+            binding = self.session.io_binding()
+            for name, tensor in inputs.items():
+                binding.bind_ortvalue_input(name, self._to_engine(tensor))
+            # Unbound outputs come back to the CPU: state would cross the bus twice a step.
+            for name in self.outputs:
+                binding.bind_output(name, self._device)
+            self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed in the program {self.name!r}: {error}") from error
-        return dict(zip(self.outputs, results, strict=True))
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):

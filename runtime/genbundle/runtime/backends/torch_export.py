@@ -5,6 +5,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class TorchBackend:
             raise EngineError(f"{file}: torch.export can't load it: {error}") from error
         finally:
             log.setLevel(level)
-        table = json.loads(bundle.file(f"{name}.weights.json").read_text(encoding="utf-8"))
+        table = _weight_names(bundle.file(f"{name}.weights.json"))
         for parameter, expected in exported.state_dict.items():
             tensor = self._weight(table.get(parameter))
             if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
@@ -82,7 +83,7 @@ class TorchBackend:
 
             exported = move_to_device_pass(exported, self.device)
         # The manifest's shapes are checked before; torch's own guards would be evaluated in Python on every step.
-        return TorchProgram(torch, exported.module(check_guards=False), self.device)
+        return TorchProgram(torch, exported.module(check_guards=False), name, self.device)
 
     def _weight(self, name: str | None) -> Any:
         """A weight of the shared file, mapped once however many programs read it."""
@@ -95,17 +96,33 @@ class TorchBackend:
         return self._weights[name]
 
 
+def _weight_names(path: Path) -> dict[str, str]:
+    """Parameter -> tensor name in the weights file, as the builder wrote it for one program."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise BundleError(f"{path}: can't be read: {error}") from error
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise BundleError(f"{path}: expected an object of tensor names")
+    return table
+
+
 class TorchProgram:
     """One loaded program: numpy arrays or tensors in, tensors out."""
 
-    def __init__(self, torch: Any, module: Any, device: str):
-        self._torch, self._module, self._device = torch, module, device
+    def __init__(self, torch: Any, module: Any, name: str, device: str):
+        self._torch, self._module, self._name, self._device = torch, module, name, device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
         feeds = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
-        with self._torch.inference_mode():
-            return self._module(**feeds)
+        try:
+            with self._torch.inference_mode():
+                return self._module(**feeds)
+        except Exception as error:  # an operator's own exception type, a guard, a kernel: torch has no common base
+            raise EngineError(
+                f"torch failed in the program {self._name!r}: {str(error).partition(chr(10))[0]}"
+            ) from error
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):

@@ -1,0 +1,104 @@
+"""Graph passes: the same results from fewer nodes."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from genbundle.builder.passes.packed_biases import add_biases_before_split
+from genbundle.builder.passes.reshapes import remove_round_trips
+
+FLOAT = ir.DataType.FLOAT
+
+
+def constant(name: str, array: np.ndarray) -> ir.Value:
+    return ir.val(
+        name, const_value=ir.tensor(array, name=name), dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape
+    )
+
+
+def shaped(node: ir.Node, *shapes: list) -> list[ir.Value]:
+    for output, shape in zip(node.outputs, shapes, strict=True):
+        output.shape, output.dtype = ir.Shape(shape), FLOAT
+    return list(node.outputs)
+
+
+def model_of(inputs, outputs, nodes, constants) -> ir.Model:
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports={"": 18})
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model: ir.Model, path, **feeds) -> list[np.ndarray]:
+    ir.save(model, path)
+    return [np.asarray(item) for item in onnxruntime.InferenceSession(path).run(None, feeds)]
+
+
+def heads_and_back(last: list) -> ir.Model:
+    """`[batch, length, 6]` split into heads and joined again, behind and before a Relu; the last shape is given."""
+    x = ir.val("x", dtype=FLOAT, shape=["batch", "length", 6])
+    apart, together = constant("apart", np.array([0, 0, 3, 2])), constant("together", np.array([0, 0, -1]))
+    first = ir.node("Relu", [x])
+    (relu,) = shaped(first, ["batch", "length", 6])
+    second = ir.node("Reshape", [relu, apart])
+    (heads,) = shaped(second, ["batch", "length", 3, 2])
+    third = ir.node("Reshape", [heads, together])
+    (joined,) = shaped(third, last)
+    fourth = ir.node("Neg", [joined])
+    (y,) = shaped(fourth, last)
+    y.name = "y"
+    return model_of([x], [y], [first, second, third, fourth], [apart, together])
+
+
+def test_reshapes_that_cancel_out_go(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 5, 6), np.float32)
+    model = heads_and_back(["batch", "length", 6])
+    expected = run(model, tmp_path / "a.onnx", x=x)
+    assert remove_round_trips(model)
+    assert [node.op_type for node in model.graph] == ["Relu", "Neg"] and not model.graph.initializers
+    np.testing.assert_array_equal(run(model, tmp_path / "b.onnx", x=x), expected)
+    assert not remove_round_trips(model)
+
+
+def test_reshapes_of_unknown_or_other_sizes_stay():
+    for last in (["batch", None, 6], ["batch", "other", 6], ["batch", "length", 3, 2][:3]):
+        model = heads_and_back(last)
+        assert not remove_round_trips(model)
+        assert len(model.graph) == 4
+
+
+def packed(*biases: np.ndarray | None, read_twice: bool = False) -> ir.Model:
+    """`[batch, 6]` split into 3, 2 and 1, a bias added to some parts."""
+    x, sizes = ir.val("x", dtype=FLOAT, shape=["batch", 6]), constant("sizes", np.array([3, 2, 1]))
+    split = ir.node("Split", [x, sizes], attributes={"axis": -1}, num_outputs=3)
+    parts = shaped(split, ["batch", 3], ["batch", 2], ["batch", 1])
+    nodes, constants, outputs = [split], [sizes], []
+    for index, (part, bias) in enumerate(zip(parts, biases, strict=True)):
+        if bias is not None:
+            constants.append(constant(f"bias{index}", bias))
+            nodes.append(ir.node("Add", [constants[-1], part] if index else [part, constants[-1]]))
+            (part,) = shaped(nodes[-1], list(part.shape))
+        nodes.append(ir.node("Relu", [part]))
+        outputs += shaped(nodes[-1], list(part.shape))
+    if read_twice:
+        nodes.append(ir.node("Neg", [parts[0]]))
+        outputs += shaped(nodes[-1], ["batch", 3])
+    for index, output in enumerate(outputs):
+        output.name = f"y{index}"
+    return model_of([x], outputs, nodes, constants)
+
+
+def test_biases_behind_a_split_become_one_before_it(tmp_path):
+    x = np.random.default_rng(0).standard_normal((4, 6), np.float32)
+    for biases in ((np.float32([1, 2, 3]), np.float32([4, 5]), np.float32([6])), (None, np.float32([4, -5]), None)):
+        model = packed(*biases)
+        expected = run(model, tmp_path / "a.onnx", x=x)
+        assert add_biases_before_split(model)
+        assert [node.op_type for node in model.graph].count("Add") == 1
+        for found, want in zip(run(model, tmp_path / "b.onnx", x=x), expected, strict=True):
+            np.testing.assert_array_equal(found, want)
+        assert not add_biases_before_split(model)
+
+
+def test_a_part_that_is_also_read_without_its_bias_keeps_it():
+    model = packed(np.float32([1, 2, 3]), None, None, read_twice=True)
+    assert not add_biases_before_split(model)
+    assert not add_biases_before_split(packed(np.ones((4, 3), np.float32), None, None)), "no bias of one row"
