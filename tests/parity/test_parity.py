@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from genbundle.bundles import EngineError, InputError
+from tests.benchmarks import answers
 from tests.zoo import models
 
 BACKENDS = ("cpu", "torch", "xnnpack")
@@ -177,3 +178,17 @@ def test_pictures_without_their_grid_are_not_ignored(loaded):
     del inputs["image_grid_thw"]
     with pytest.raises(InputError, match="'pixel_values' needs image_grid_thw"):
         loaded("qwen3_vl").generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_pictures_as_placeholders(backend, loaded):
+    inputs = arrays(models.samples("llava")[0])
+    inputs["pixel_values"] = np.concatenate([inputs["pixel_values"]] * 2)
+    with pytest.raises(InputError, match=r"the prompt holds \d+ image tokens, the pictures give \d+ features"):
+        loaded("llava", backend).generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_demo_models_answers_are_eagers(backend, loaded):
+    asked = answers.held_out_questions(12)
+    assert answers.bundle_answers(loaded("demo", backend), asked) == answers.eager_answers(asked)

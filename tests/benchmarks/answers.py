@@ -1,0 +1,77 @@
+"""The included model's answers about held-out scenes: how many are right, and whether every backend gives eager's.
+
+python -m tests.benchmarks.answers [--scenes 500] [--backends cpu torch xnnpack]
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from genbundle.builder import build_bundle
+from genbundle.builder.demo.scenes import draw, held_out_scenes, random_question
+from genbundle.builder.demo.show import MODEL, sample_inputs
+from genbundle.runtime import Model, load_bundle
+
+Asked = list[tuple[Any, str, str]]  # picture, question, true answer
+
+
+def held_out_questions(count: int) -> Asked:
+    """One question about each of `count` held-out scenes."""
+    rng = Random(11)
+    return [(draw(scene, 240, rng), *random_question(scene, rng)) for scene in held_out_scenes(count)]
+
+
+def eager_answers(asked: Asked) -> list[str]:
+    """What transformers gives, with the model's own processor."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(MODEL)
+    model = AutoModelForImageTextToText.from_pretrained(MODEL).eval()
+    answers = []
+    for picture, question, _ in asked:
+        inputs = processor(text=_rendered(processor, question), images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(**inputs, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+def _rendered(processor: Any, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def bundle_answers(model: Model, asked: Asked) -> list[str]:
+    """What the bundle gives, from the picture and the question."""
+    answers = []
+    for picture, question, _ in asked:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        answers.append(model.generate([{"role": "user", "content": content}]).text.strip())
+    return answers
+
+
+def main() -> None:
+    """Ask, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--backends", nargs="+", default=["cpu", "torch", "xnnpack"])
+    options = parser.parse_args()
+    asked = held_out_questions(options.scenes)
+    expected = eager_answers(asked)
+    right = sum(answer == truth for answer, (_, _, truth) in zip(expected, asked, strict=True))
+    print(f"eager: {right} of {len(asked)} right ({right / len(asked):.2%})", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for backend in options.backends:
+            path = Path(folder) / f"{backend}.bundle"
+            build_bundle(MODEL, sample_inputs(), backend, output=path, progress=False)
+            found = bundle_answers(load_bundle(path), asked)
+            same = sum(one == other for one, other in zip(found, expected, strict=True))
+            print(f"{backend}: {same} of {len(asked)} answers equal eager's", flush=True)
+
+
+if __name__ == "__main__":
+    main()

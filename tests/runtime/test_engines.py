@@ -1,0 +1,81 @@
+"""Bundles whose engine, device or version isn't here: the error says what is missing and what to do."""
+
+import sys
+
+import pytest
+from tests.bundles.samples import fill, manifest
+
+from genbundle.bundles import BundleError, EngineError, InputError, MissingExtraError, open_bundle
+from genbundle.bundles.manifest import Flow, Route
+from genbundle.bundles.writer import new_bundle
+from genbundle.runtime import load_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """`bundle(**changes)`: the sample bundle on disk with another manifest."""
+
+    def make(**changes):
+        with new_bundle(tmp_path / "sample.bundle") as writer:
+            fill(writer.path)
+            return writer.commit(manifest(**changes))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "extra"),
+    [
+        ("cpu", "onnxruntime", "onnx"),
+        ("cuda", "onnxruntime", "onnx-gpu"),
+        ("torch", "torch", "torch"),
+        ("xnnpack", "executorch.runtime", "executorch"),
+    ],
+)
+def test_a_missing_engine_names_its_extra(backend, module, extra, bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    made = bundle(backend=backend, packages={"torch": "2.13.0"})
+    with pytest.raises(MissingExtraError, match=rf"running an? '{backend}' bundle.*pip install 'genbundle\[{extra}\]'"):
+        load_bundle(made.path)
+
+
+def test_cuda_where_no_cuda_provider_is(bundle):
+    made = bundle(backend="cuda")
+    with pytest.raises(EngineError, match=r"no CUDA provider here \(ONNX Runtime has .*load it with device='cpu'"):
+        load_bundle(made.path)
+    assert load_bundle(made.path, device="cpu").backend.device == "cpu"
+
+
+def test_a_device_that_is_none(bundle):
+    with pytest.raises(EngineError, match="unknown device 'tpu': an ONNX bundle runs on 'cpu' or 'cuda'"):
+        load_bundle(bundle().path, device="tpu")
+
+
+def test_a_torch_bundle_of_another_version(bundle):
+    with pytest.raises(EngineError, match=r"exported with torch 2\.1\.0, 2\.\d+\.\d+ is installed: install torch 2\.1"):
+        load_bundle(bundle(backend="torch", packages={"torch": "2.1.0"}).path)
+
+
+def test_a_program_that_is_none(bundle):
+    with pytest.raises(EngineError, match=r"ONNX Runtime can't open decode\.onnx"):
+        load_bundle(bundle().path).generate(input_ids=[[1, 2]])
+
+
+def test_steps_whose_positions_no_prompt_begins(bundle):
+    first = manifest().programs[0]
+    without = type(first)(
+        name="prompt", file=first.file, roles=first.roles, inputs=first.inputs[:1], outputs=first.outputs
+    )
+    made = bundle(programs=(first, without), flow=Flow(prompt=(Route(programs=("prompt",)),), step=("decode",)))
+    with pytest.raises(BundleError, match=r"the steps go on with \['cumsum'\], which the prompt .* never begins"):
+        load_bundle(made.path)
+
+
+def test_a_prompt_without_tokenizer_or_template(bundle):
+    model = load_bundle(bundle(text=None).path)
+    with pytest.raises(InputError, match="holds no tokenizer: give `input_ids`"):
+        model.generate("Hello")
+
+
+def test_opened_bundles_load_too(bundle):
+    assert load_bundle(open_bundle(bundle().path)).bundle.manifest.backend == "cpu"
