@@ -1,5 +1,7 @@
 """The xnnpack backend: what a .pte's programs give, against eager generation, for every family."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,3 +208,22 @@ def test_the_tanh_form_of_gelu_is_kept(tmp_path: Path) -> None:
     program = open_backend(fake_bundle(tmp_path, None, {}), device=None, threads=None).program("decode")
     found = program({"values": values})["logits"]
     np.testing.assert_allclose(found.numpy(), module(values).numpy(), rtol=0, atol=1e-6)
+
+
+def test_lowering_leaves_no_weights_in_memory(tmp_path: Path) -> None:
+    """Caches of PyTorch and ExecuTorch would keep them, and their bytes besides, until the process ends."""
+    from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+
+    arrays = [np.ones((16, 8), np.float32), np.ones((16, 8), np.float32)]  # a weak reference to one sees its storage
+    embedding, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
+    embedding.weight, head.weight = (torch.nn.Parameter(torch.from_numpy(array)) for array in arrays)
+    # Flattening is refused, since integers aren't for XNNPACK.
+    module = torch.nn.Sequential(torch.nn.Flatten(), embedding, head)
+    method = Method(module=module, args=(torch.zeros(1, 3, 1, dtype=torch.long),))
+    lower({"forward": method}, {}, tmp_path / "model.pte")
+    kept = [weakref.ref(array) for array in arrays]
+    del arrays, embedding, head, module, method
+    gc.collect()
+    assert all(array() is None for array in kept)
+    stores = [item for item in gc.get_objects() if type(item) is NamedDataStoreOutput]
+    assert not any(store.buffers for store in stores)

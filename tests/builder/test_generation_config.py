@@ -11,7 +11,8 @@ from genbundle.runtime.sampling import options_from
 
 
 def model_with(**settings):
-    return SimpleNamespace(generation_config=GenerationConfig(**settings))
+    config = SimpleNamespace(is_encoder_decoder=False)
+    return SimpleNamespace(generation_config=GenerationConfig(**settings), config=config)
 
 
 def test_what_differs_from_transformers_defaults_is_kept():
@@ -49,13 +50,6 @@ def test_defaults_leave_nothing():
     ("name", "value"),
     [
         ("num_beams", 4),
-        ("no_repeat_ngram_size", 3),
-        ("forced_bos_token_id", 0),
-        ("forced_eos_token_id", 2),
-        ("suppress_tokens", [1, 2]),
-        ("begin_suppress_tokens", [1]),
-        ("bad_words_ids", [[3]]),
-        ("min_length", 5),
         ("exponential_decay_length_penalty", (3, 1.2)),
         ("watermarking_config", {"greenlist_ratio": 0.3}),
         ("sequence_bias", {(1,): 2.0}),
@@ -70,7 +64,7 @@ def test_what_the_runtime_does_not_replay_is_an_error(name, value):
     settings = {"do_sample": True} if name == "num_return_sequences" else {}
     with pytest.raises(UnsupportedModelError, match=rf"{name}=.*set model\.generation_config\.{name} = None"):
         describe_generation(model_with(eos_token_id=1, **settings, **{name: value}))
-    off = {"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [], "guidance_scale": 1.0, "min_length": 0}
+    off = {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0}
     assert describe_generation(model_with(eos_token_id=1, **{name: off.get(name)})).options == {}
 
 

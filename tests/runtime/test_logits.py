@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -140,10 +139,3 @@ def test_all_in_the_order_of_generate():
         ):
             theirs = reference(processor, theirs, ids)
         np.testing.assert_array_equal(ours, theirs)
-
-
-def test_suppress_is_what_a_minimum_length_does():
-    row = np.array([1, 5, 2, 4], np.float32)
-    processor = MinNewTokensLengthLogitsProcessor(3, 2, [1, 3])
-    np.testing.assert_array_equal(logits.suppress(row, (1, 3)), reference(processor, row, np.array([0, 0, 2, 2])))
-    np.testing.assert_array_equal(logits.suppress(row, (9,)), row)

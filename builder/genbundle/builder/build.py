@@ -9,13 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from genbundle.builder.encoder_decoder import encoder_decoder_components
+from genbundle.builder.exporting import first_line, quiet
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.image_text import image_text_components, image_token
 from genbundle.builder.loading import Loaded, borrowed, load
 from genbundle.builder.plan import Capture, capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
-from genbundle.builder.programs import decoder_component, text_flow
+from genbundle.builder.programs import text_components
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import (
     Samples,
@@ -26,7 +28,7 @@ from genbundle.builder.samples import (
     smallest_window,
 )
 from genbundle.builder.verify import GOLDEN_LOGITS, record
-from genbundle.bundles import BuildError, Bundle
+from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, write_golden
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest, Verification
 from genbundle.bundles.manifest import Model as ModelFacts
@@ -171,19 +173,30 @@ def _explicit(
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
     announce("explain")
-    plan = make_plan(model, captures)
     fuse = format_name == "cpu"
-    if any("mm_encoder_outputs" in item.prompt for item in captures):
+    if model.config.is_encoder_decoder:
+        components, flow = encoder_decoder_components(model, captures, capacity)
+    elif any("mm_encoder_outputs" in item.prompt for item in captures):
         components, flow = image_text_components(
-            model, plan, captures, fuse=fuse, capacity=capacity, text_alone=generates_from_text_alone(model)
+            model,
+            make_plan(model, captures),
+            captures,
+            fuse=fuse,
+            capacity=capacity,
+            text_alone=generates_from_text_alone(model),
         )
     else:
-        components, flow = [decoder_component(model, plan, captures, fuse=fuse)], text_flow(capacity)
+        plan = make_plan(model, captures)
+        components, flow = text_components(model, plan, captures, fuse=fuse, capacity=capacity)
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 
-        return replace(export_torch(components, folder, announce), flow=flow)
-    return replace(export_onnx(components, folder, format_name, announce), flow=flow)
+        exported = export_torch(components, folder, announce)
+    else:
+        exported = export_onnx(components, folder, format_name, announce)
+    there = {program.name for program in exported.programs}
+    routes = tuple(route for route in flow.prompt if there.issuperset(route.programs))
+    return replace(exported, flow=replace(flow, prompt=routes))
 
 
 def _stateful(
@@ -204,7 +217,7 @@ def _stateful(
         max_length=capacity or _XNNPACK_MAX_LENGTH,
         eos_token_ids=describe_generation(model).eos_token_ids,
         captures=captures,
-        positions=plan.sources.get("position_ids") if plan.position_axes else None,
+        positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
         path=folder / PROGRAM_FILE,
     )
 
@@ -221,8 +234,23 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
     """Replay the staged bundle on the held-out inputs; the manifest with the report, the golden records written."""
     cases = [record(model, name, inputs) for name, inputs in samples.held_out.items()]
     device = "cpu" if manifest.backend == "cuda" else None
-    runtime = load_bundle(writer.stage(manifest), device=device)
-    checks = tuple(replay(runtime, case) for case in cases)
+    try:
+        with quiet():  # an engine logs what it fails at
+            runtime = load_bundle(writer.stage(manifest), device=device)
+            checks = tuple(replay(runtime, case) for case in cases)
+    except (VerificationError, EngineError) as error:
+        # A tracer may fix a loop's length without a word: prompts then go through the step's program.
+        simpler = without_optional_programs(manifest, error)
+        if simpler is None:
+            raise
+        manifest = simpler
+        runtime = load_bundle(writer.stage(manifest), device=device)
+        checks = tuple(replay(runtime, case) for case in cases)
+    kept = {program.file for program in manifest.programs}
+    for file in writer.path.iterdir():
+        if file.suffix in (".onnx", ".pt2") and file.name not in kept:
+            file.unlink()
+            (writer.path / f"{file.stem}.weights.json").unlink(missing_ok=True)
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
     pending = None
     if manifest.backend == "cuda":
@@ -233,6 +261,23 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
         notes += (f"verified on up to {longest} tokens: the layers' window of {window} was not reached",)
     report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
     return replace(manifest, verification=report, notes=notes)
+
+
+def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:
+    """The manifest without the prompt programs that another route can do without; None where none can."""
+    flow = manifest.flow
+    spare = {route.needs for route in flow.prompt if route.one_by_one}
+    routes = tuple(route for route in flow.prompt if route.one_by_one or route.needs not in spare)
+    if routes == flow.prompt:
+        return None
+    used = {*flow.step, *(name for route in routes for name in route.programs)}
+    note = f"prompts go through the step's program token by token, since the prompt's own failed its check: {error}"
+    return replace(
+        manifest,
+        flow=replace(flow, prompt=routes),
+        programs=tuple(program for program in manifest.programs if program.name in used),
+        notes=(*manifest.notes, first_line(RuntimeError(note))),
+    )
 
 
 def _context_length(model: PreTrainedModel) -> int | None:

@@ -16,7 +16,8 @@ class Component:
     module: `forward(**inputs) -> dict[str, Tensor]`. sample: one set of inputs that it runs on. axes: the dynamic
     axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
-    in, which only look back. guides: inputs in the manifest that steer the runtime's calls and aren't the program's.
+    in, which only look back. optional: whether the flow does without it where it can't be exported. guides: inputs in
+    the manifest that steer the runtime's calls and aren't the program's.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Component:
     states: Mapping[str, str] = field(default_factory=dict)
     modality: str | None = None
     fusions: bool = True
+    optional: bool = False
     guides: Mapping[str, Input] = field(default_factory=dict)
 
 

@@ -1,51 +1,64 @@
 """The decoder as a module with explicit state: token ids or embeddings and the past in, logits and the present out."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.attention import FusedLayer, PastLayer, attention, group_query_attention, make_cache
+from genbundle.builder.attention import attention, group_query_attention, make_cache
+from genbundle.builder.layers import Layer, kept, open_layer
 
 
 class Decoder(torch.nn.Module):
     """`model` from its inputs and past to the last position's logits `[batch, 1, vocabulary]` and the present.
 
     One program serves the prompt (an empty past), a continuation and the single step. With `fused`, attention becomes
-    ONNX Runtime's GroupQueryAttention, which only traces; without, the module also runs eagerly.
+    ONNX Runtime's GroupQueryAttention, which only traces; without, the module also runs eagerly. With `begins`, the
+    program is for prompts alone and takes no past.
 
-    Past inputs are named `past_<layer>_key` and `past_<layer>_value`, outputs `present_...`, `[batch, heads, length,
-    width]`. `constants` are forward arguments that every capture passed alike.
+    Past inputs are named `past_<layer>_<what>` (`key` and `value`, `[batch, heads, length, width]`, or a state of fixed
+    size), outputs `present_...`. `constants` are forward arguments that every capture passed alike.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int, *, fused: bool, constants: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[Layer],
+        *,
+        fused: bool,
+        begins: bool = False,
+        cache_argument: str = "past_key_values",
+        constants: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
-        self.model, self.layers, self.fused = model, layers, fused
-        self.config = model.config
+        self.model, self.layers, self.fused, self.begins = model, tuple(layers), fused, begins
+        self.config, self.cache_argument = model.config, cache_argument
         self.constants = dict(constants or {})
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self.constants["logits_to_keep"] = 1
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model's own forward over a cache made of the past inputs."""
-        make = FusedLayer if self.fused else PastLayer
-        past = [
-            make(inputs.pop(f"past_{index}_key"), inputs.pop(f"past_{index}_value")) for index in range(self.layers)
-        ]
+        # Any tensor with the batch's size gives the empty ones theirs.
+        like = inputs["input_ids"].to(torch.get_default_dtype())
+        past = []
+        for index, layer in enumerate(self.layers):
+            given = {name: inputs.pop(f"past_{index}_{name}") for name, _ in layer.shapes() if not self.begins}
+            past.append(open_layer(layer, None if self.begins else given, like, fused=self.fused))
         cache = make_cache(self.model, past)
         attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model_of(self.model), attend):
             logits = self.call(inputs, cache)
         outputs = {"logits": logits[:, -1:]}
         for index, layer in enumerate(past):
-            outputs[f"present_{index}_key"], outputs[f"present_{index}_value"] = layer.present()
+            outputs |= {f"present_{index}_{name}": tensor for name, tensor in kept(layer).items()}
         return outputs
 
     def call(self, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
         """The logits of the model's forward."""
-        return self.model(**inputs, **self.constants, past_key_values=cache, use_cache=True).logits
+        return self.model(**inputs, **self.constants, **{self.cache_argument: cache}, use_cache=True).logits
 
 
 def language_model_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,7 +5,7 @@ could break is behind these few functions.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic nam
 
 
 def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The forward kwargs of the prompt and of two merged steps, captured from a real `model.generate(**inputs)`.
+    """The forward kwargs of the prompt and of one step, captured from a real `model.generate(**inputs)`.
 
     Raises UnsupportedModelError when generate refuses the inputs or never calls the model's own forward.
     """
@@ -35,7 +35,7 @@ def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[s
             # Sampling would draw different tokens in each capture, and beams would multiply the batch.
             config = copy.deepcopy(model.generation_config)
             config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1)
-            stages = decompose_prefill_decode(model, dict(inputs), generation_config=config, multi_token_decode=True)
+            stages = decompose_prefill_decode(model, dict(inputs), generation_config=config)
         except RuntimeError as error:
             cause = error.__cause__ or error
             raise UnsupportedModelError(
@@ -53,29 +53,45 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 
 def to_exported_program(module: Any, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
     """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
-    with quiet():
-        exported = DynamoExporter().export(module, _copy(sample), DynamoConfig(dynamic_shapes=_shapes(sample, axes)))
-    return exported.program
+    return _dynamic(
+        sample,
+        axes,
+        lambda shapes: DynamoExporter().export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program,
+    )
 
 
 def to_onnx(module: Any, sample: dict[str, torch.Tensor], axes: Axes, provider: str | None) -> "onnx_ir.Model":
     """`module(**sample)` as an ONNX model, dynamic along `axes` only, fused for `provider` ("cpu", "cuda" or None)."""
-    config = OnnxConfig(dynamic_shapes=_shapes(sample, axes), ort_fusions=provider)  # pyright: ignore[reportArgumentType]
+    return _dynamic(
+        sample,
+        axes,
+        lambda shapes: (
+            OnnxExporter()
+            .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
+            .program
+        ),
+    )
+
+
+def _dynamic(sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[dict], Any]) -> Any:
+    """`export` with the axes' shapes: first with one symbol for the axes of one name, which spares the solver most of
+    its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
+    solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
+    """
     with quiet():
-        exported = OnnxExporter().export(module, _copy(sample), config)
-    return exported.program
+        try:
+            return export(_shapes(sample, axes, FREE_AXES))
+        except Exception as error:  # upstream wraps what torch raises
+            if not any("Constraints violated" in str(item) for item in (error, error.__cause__, error.__context__)):
+                raise
+        return export(_shapes(sample, axes, frozenset()))
 
 
-def _copy(sample: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    # Upstream's preparation writes into the dict that it is given.
-    return dict(sample)
-
-
-def _shapes(sample: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, dict[int, Any]]:
-    # One symbol for the axes of one name, which spares the solver most of its work; any other axis may follow from
-    # others (total = past + new), which torch.export derives but refuses of a symbol of its own.
+def _shapes(sample: Mapping[str, torch.Tensor], axes: Axes, free: frozenset[str]) -> dict[str, dict[int, Any]]:
+    # Any other axis may follow from others (total = past + new), which torch.export derives but refuses of a symbol of
+    # its own.
     names = {symbol for item in axes.values() for symbol in item.values()}
-    symbols = {symbol: torch.export.Dim(symbol) for symbol in names & FREE_AXES}
+    symbols = {symbol: torch.export.Dim(symbol) for symbol in names & free}
     return {
         name: {axis: symbols.get(symbol, torch.export.Dim.AUTO) for axis, symbol in axes.get(name, {}).items()}
         for name in sample

@@ -10,6 +10,13 @@ _REPLAYED = {
     "max_new_tokens": "max_new_tokens",
     "max_length": "max_length",
     "min_new_tokens": "min_new_tokens",
+    "min_length": "min_length",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "bad_words_ids": "bad_words_ids",
+    "forced_bos_token_id": "forced_bos_token_id",
+    "forced_eos_token_id": "forced_eos_token_ids",
+    "suppress_tokens": "suppress_tokens",
+    "begin_suppress_tokens": "begin_suppress_tokens",
     "do_sample": "do_sample",
     "temperature": "temperature",
     "top_k": "top_k",
@@ -30,15 +37,8 @@ _NOT_REPLAYED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0,),
     "sequence_bias": (),
     "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "min_length": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "exponential_decay_length_penalty": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
     "token_healing": (False,),
     "num_return_sequences": (1,),
     "max_time": (),
@@ -48,6 +48,17 @@ _NOT_REPLAYED: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0.0, 1.0),
     "eta_cutoff": (0.0, 1.0),
 }
+
+
+def _decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder's own sequences begin with, as generate chooses it; None for other models."""
+    if not model.config.is_encoder_decoder:
+        return None
+    config = model.generation_config
+    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+    if not isinstance(start, int):
+        raise UnsupportedModelError(f"decoder_start_token_id is {start!r}: one token for all sequences is needed")
+    return start
 
 
 def describe_generation(model: Any) -> Generation:
@@ -77,5 +88,6 @@ def describe_generation(model: Any) -> Generation:
         # Without one, generate and the runtime fall back to the end token that holds in that call.
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
+        decoder_start_token_id=_decoder_start(model),
         options=options,
     )

@@ -7,11 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes, needed_inputs
-from genbundle.builder.decoder import Decoder
 from genbundle.builder.encoders import Features, candidate_features, encoder_component, frame_by_frame
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.plan import Capture, Plan
-from genbundle.builder.programs import can_fuse_prompt, can_fuse_step, text_sample, with_past
+from genbundle.builder.programs import can_fuse_prompt, step_component
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
 
@@ -69,15 +68,16 @@ def image_text_components(
         sources={name: sources[name] for name in kept},
     )
     prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
-    decode = _decode_component(model, plan, captures, fuse=fuse)
+    decode = step_component(model, plan, captures, fuse=fuse)
     needs = {
         *(source.name for source in merged.sources.values() if source.kind == "user"),
         *(source.name for source in encoder.sources.values() if source.kind == "user"),
         *(name for source in encoder.sources.values() for name in source.options.get("inputs", ())),
     }
     picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
-    routes = (picture, Route(programs=("decode",))) if text_alone else (picture,)
-    flow = Flow(prompt=routes, step=("decode",), continues=True, capacity=capacity)
+    text = Route(programs=("decode",), one_by_one=not plan.continues)
+    routes = (picture, text) if text_alone else (picture,)
+    flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
     return [encoder, merged, prompt, decode], flow
 
 
@@ -157,8 +157,8 @@ def _prompt_sources(
 ) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for name in given[0]:
-        if name in plan.sources:
-            sources[name] = plan.sources[name]
+        if name in plan.step.sources:
+            sources[name] = plan.step.sources[name]
         elif all(
             name in item.inputs and torch.equal(item.inputs[name], tensors[name])
             for item, tensors in zip(captures, given, strict=True)
@@ -173,7 +173,6 @@ def _prompt_component(
     model: PreTrainedModel, plan: Plan, captures: list[Capture], template: dict, recorded: list[dict],
     handed_through: dict[str, str], sources: dict[str, Source], sizes: dict, *, fuse: bool,
 ) -> Component:  # fmt: skip
-    widths = [(layer.heads, layer.key_width, layer.value_width) for layer in plan.layers]
     # A mask that the merge makes may look both ways; GroupQueryAttention is causal.
     fused = fuse and can_fuse_prompt(model, plan, captures)
     prompt_sources = {
@@ -182,33 +181,18 @@ def _prompt_component(
     }
     axes = name_axes(recorded, sizes)
     states, sample = {}, dict(recorded[0])
-    for index, _ in enumerate(plan.layers):
-        for kind in ("key", "value"):
+    for index, layer in enumerate(plan.layers):
+        for kind, shape in layer.shapes():
             states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", 2: "sequence"}
+            axes[f"present_{index}_{kind}"] = {0: "batch", **({2: "sequence"} if None in shape else {})}
     axes["logits"] = {0: "batch"}
     return Component(
         name="prompt",
         roles=("language_model", "lm_head"),
-        module=Prompt(model, template, widths, fused=fused).eval(),
+        module=Prompt(model, template, plan.layers, fused=fused).eval(),
         sample=sample,
         axes=axes,
         sources=prompt_sources,
         states=states,
         fusions=fused or not fuse,
     )
-
-
-def _decode_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
-    sample, axes, sources = text_sample(plan)
-    fused = fuse and can_fuse_step(model, plan, captures)
-    module = Decoder(model, len(plan.layers), fused=fused, constants=plan.constants).eval()
-    decode = Component(
-        name="decode",
-        roles=("merge", "language_model", "lm_head", "decode"),
-        module=module,
-        sample=sample,
-        axes=axes,
-        sources=sources,
-    )
-    return with_past(decode, plan)

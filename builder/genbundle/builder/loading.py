@@ -9,10 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    PreTrainedModel,
+)
 
 from genbundle.builder.exporting import first_line, quiet
 from genbundle.bundles import BuildError, UnsupportedModelError
+
+# Of several classes for one config, the one that takes most kinds of input.
+_AUTO_CLASSES = (
+    AutoModelForMultimodalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForSeq2SeqLM,
+    AutoModelForCausalLM,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +102,8 @@ def _from_pretrained(source: str) -> tuple[PreTrainedModel, Any | None]:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source)
-            multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # pyright: ignore
-            auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+            fitting = (auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping)  # pyright: ignore
+            auto: Any = next(fitting, AutoModelForCausalLM)
             model = auto.from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise BuildError(f"model: {source!r} can't be loaded: {first_line(error)}") from error

@@ -5,17 +5,18 @@ prompt's program. Both run the model's own top-level forward, cut at the languag
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from genbundle.builder.attention import FusedLayer, PastLayer, attention, group_query_attention, make_cache
+from genbundle.builder.attention import attention, group_query_attention, make_cache
 from genbundle.builder.cut import forward_of
 from genbundle.builder.decoder import language_model_of
 from genbundle.builder.encoders import Features
+from genbundle.builder.layers import Layer, kept, open_layer
 from genbundle.bundles import UnsupportedModelError
 
 _FLAGS = {"use_cache", "past_key_values", "return_dict"}
@@ -74,23 +75,17 @@ class Prompt(torch.nn.Module):
     path. With `fused`, attention becomes GroupQueryAttention, which only traces.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, template: Mapping[str, Any], widths: list[tuple[int, int, int]], *, fused: bool
-    ):
+    def __init__(self, model: PreTrainedModel, template: Mapping[str, Any], layers: Sequence[Layer], *, fused: bool):
         super().__init__()
         self.model, self.config, self.fused = model, model.config, fused
         self._template = {name: value for name, value in template.items() if name not in _FLAGS}
-        self._widths = widths
+        self._layers = tuple(layers)
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `[batch, 1, vocabulary]` and the present of every layer."""
         embeds = inputs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        layer_type = FusedLayer if self.fused else PastLayer
-        layers = [
-            layer_type(embeds.new_zeros(batch, heads, 0, key), embeds.new_zeros(batch, heads, 0, value))
-            for heads, key, value in self._widths
-        ]
+        layers = [open_layer(layer, None, embeds, fused=self.fused) for layer in self._layers]
         cache = make_cache(self.model, layers)
         language_model = language_model_of(self.model)
         original = language_model.forward
@@ -106,7 +101,7 @@ class Prompt(torch.nn.Module):
             logits = self.model(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1).logits
         outputs = {"logits": logits[:, -1:]}
         for index, layer in enumerate(layers):
-            outputs[f"present_{index}_key"], outputs[f"present_{index}_value"] = layer.present()
+            outputs |= {f"present_{index}_{name}": tensor for name, tensor in kept(layer).items()}
         return outputs
 
 

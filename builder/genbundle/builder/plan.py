@@ -1,62 +1,99 @@
 """Explain what the model's forward was called with: every argument has a rule that the runtime can follow, or the build
 stops. Nothing is guessed."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
 
 from genbundle.builder.exporting import decompose
+from genbundle.builder.layers import Layer, describe_layers
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 from genbundle.runtime.positions import POSITION_RULES, position_ids
 
 Inputs = dict[str, torch.Tensor]
+Phase = Literal["prompt", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """One eager generation: its inputs, and the forward's kwargs for the prompt and for two steps at once."""
+    """One eager generation: its inputs, and the forward's kwargs for the prompt and for a step; of an encoder-decoder
+    also its encoder's."""
 
     inputs: Inputs
     prompt: dict[str, Any]
     step: dict[str, Any]
+    encoder: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What one layer keeps per token: key heads and width, value heads and width."""
-
-    heads: int
-    key_width: int
-    value_width: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Call:
     """How the runtime calls the decoder.
 
-    sources: per forward argument, for a prompt and a step alike. constants: arguments that never change. layers: the
-    growing key-value state. position_axes: leading axes of position ids before the batch (3 or 4 for M-RoPE, else 0).
+    sources: per forward argument. constants: arguments that never change. position_axes: leading axes of position ids
+    before the batch (3 or 4 for M-RoPE, else 0).
     """
 
     sources: dict[str, Source]
     constants: dict[str, Any]
-    layers: tuple[Layer, ...]
     position_axes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the runtime calls the decoder for a step and for a prompt of text alone (None with encoders), what its layers
+    carry, and the forward argument that takes it."""
+
+    step: Call
+    prompt: Call | None
+    layers: tuple[Layer, ...]
+    cache_argument: str = "past_key_values"
+
+    @property
+    def continues(self) -> bool:
+        """Whether the decoder takes several new tokens after a past."""
+        return all(layer.plain for layer in self.layers)
+
+    @property
+    def one_program(self) -> bool:
+        """Whether the same program serves a prompt of text and a step."""
+        return self.continues and self.prompt == self.step
 
 
 def capture(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture]:
     """Run `model.generate` on every sample and record what its forward was called with."""
     captures = []
     for sample in samples:
-        prompt, step = decompose(model, sample)
-        captures.append(Capture(inputs=sample, prompt=prompt, step=step))
+        with _encoder_calls(model) as encoder:
+            prompt, step = decompose(model, sample)
+        captures.append(Capture(inputs=sample, prompt=prompt, step=step, encoder=encoder[0] if encoder else None))
     return captures
+
+
+@contextmanager
+def _encoder_calls(model: PreTrainedModel) -> Iterator[list[dict[str, Any]]]:
+    """What the encoder of an encoder-decoder is called with inside the block; nothing for other models."""
+    calls: list[dict[str, Any]] = []
+    if not model.config.is_encoder_decoder:
+        yield calls
+        return
+    encoder: Any = model.get_encoder()
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(type(module).forward).parameters
+        calls.append({**dict(zip([name for name in names if name != "self"], args, strict=False)), **kwargs})
+
+    handle = encoder.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def make_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
@@ -65,48 +102,41 @@ def make_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
     for item in captures:
         if item.prompt.get("input_ids") is None:
             raise UnsupportedModelError(f"{name}: the decoder's prompt has no input_ids")
-    layers = _layers(captures[0], name)
+    step_kwargs = captures[0].step
+    cache_argument = next((key for key, value in step_kwargs.items() if isinstance(value, Cache)), "past_key_values")
+    layers = describe_layers(step_kwargs.get(cache_argument), name)
+    text = not any("mm_encoder_outputs" in item.prompt for item in captures)
+    step = _explain(model, captures, "step")
+    prompt = _explain(model, captures, "prompt") if text else None
+    return Plan(step=step, prompt=prompt, layers=layers, cache_argument=cache_argument)
+
+
+def _explain(model: PreTrainedModel, captures: list[Capture], phase: Phase) -> Call:
+    """The rule of every argument of the captured prompts or steps."""
+    name = type(model).__name__
     sources: dict[str, Source] = {"input_ids": Source(kind="tokens")}
     constants: dict[str, Any] = {}
     position_axes = 0
-    for argument in {key: None for item in captures for key in item.step}:
-        values = [item.step.get(argument) for item in captures]
-        if argument in ("input_ids", "past_key_values", "use_cache", "return_dict"):
+    for argument in {key: None for item in captures for key in getattr(item, phase)}:
+        values = [getattr(item, phase).get(argument) for item in captures]
+        given = [value for value in values if value is not None]
+        if argument in ("input_ids", "use_cache", "return_dict") or all(isinstance(value, Cache) for value in given):
             continue
         if not any(isinstance(value, torch.Tensor) for value in values):
             _expect_constant(name, argument, values)
             if values[0] is not None:
                 constants[argument] = values[0]
         elif argument == "attention_mask":
-            _explain_mask(captures, name)
+            _explain_mask(captures, phase, name)
             sources[argument] = Source(kind="mask")
         elif argument == "position_ids":
             sources[argument] = _explain_positions(model, captures)
             position_axes = 0 if values[0] is None or values[0].dim() == 2 else values[0].shape[0]
-        elif not _needed(model, argument, captures):
+        elif not _needed(model, argument, captures, phase):
             continue
         else:
-            raise UnsupportedModelError(f"{name}: the decoder's input {argument!r} has no explanation")
-    return Plan(sources=sources, constants=constants, layers=layers, position_axes=position_axes)
-
-
-def _layers(item: Capture, name: str) -> tuple[Layer, ...]:
-    cache = item.step.get("past_key_values")
-    if not isinstance(cache, DynamicCache):
-        raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
-    layers = []
-    layer: Any
-    for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
-            raise UnsupportedModelError(
-                f"{name}: layer {index} keeps a {type(layer).__name__}, which can't be carried yet"
-            )
-        if layer.keys.dim() != 4 or layer.keys.shape[2] == 0:
-            raise UnsupportedModelError(f"{name}: layer {index} keeps no keys of its own, which can't be carried yet")
-        layers.append(
-            Layer(heads=layer.keys.shape[1], key_width=layer.keys.shape[3], value_width=layer.values.shape[3])
-        )
-    return tuple(layers)
+            raise UnsupportedModelError(f"{name}: the decoder's {phase} input {argument!r} has no explanation")
+    return Call(sources=sources, constants=constants, position_axes=position_axes)
 
 
 def _expect_constant(name: str, argument: str, values: list[Any]) -> None:
@@ -115,9 +145,9 @@ def _expect_constant(name: str, argument: str, values: list[Any]) -> None:
         raise UnsupportedModelError(f"{name}: the decoder's input {argument!r} differs between runs, unexplained")
 
 
-def _explain_mask(captures: list[Capture], name: str) -> None:
+def _explain_mask(captures: list[Capture], phase: Phase, name: str) -> None:
     for item in captures:
-        mask, given = item.step.get("attention_mask"), item.inputs.get("attention_mask")
+        mask, given = getattr(item, phase).get("attention_mask"), item.inputs.get("attention_mask")
         if mask is None or given is None:
             continue
         expected = torch.cat([given, given.new_ones(given.shape[0], mask.shape[-1] - given.shape[1])], 1)
@@ -183,13 +213,14 @@ def _mrope_options(model: PreTrainedModel) -> dict[str, Any] | None:
 _POSITION_OPTIONS = {"cumsum": lambda _model: {}, "arange": lambda _model: {}, "mrope": _mrope_options}
 
 
-def _needed(model: PreTrainedModel, argument: str, captures: list[Capture]) -> bool:
-    """Whether leaving `argument` out of a step changes its logits in any capture."""
+def _needed(model: PreTrainedModel, argument: str, captures: list[Capture], phase: Phase) -> bool:
+    """Whether leaving `argument` out of a prompt or step changes its logits in any capture."""
     for item in captures:
-        kwargs = {key: value for key, value in item.step.items() if key != argument}
+        given = getattr(item, phase)
+        kwargs = {key: value for key, value in given.items() if key != argument}
         try:
             with torch.no_grad():
-                full = model(**_fresh(item.step)).logits
+                full = model(**_fresh(given)).logits
                 without = model(**_fresh(kwargs)).logits
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return True
@@ -201,4 +232,4 @@ def _needed(model: PreTrainedModel, argument: str, captures: list[Capture]) -> b
 def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
     import copy  # a cache is written to by the forward
 
-    return {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+    return {key: copy.deepcopy(value) if isinstance(value, Cache) else value for key, value in kwargs.items()}

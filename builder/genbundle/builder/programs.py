@@ -9,45 +9,95 @@ from transformers import PreTrainedModel
 from genbundle.builder.attention import observe_attention
 from genbundle.builder.components import Component
 from genbundle.builder.decoder import Decoder, language_model_of
-from genbundle.builder.plan import Capture, Plan
-from genbundle.bundles.manifest import Flow, Role, Route, Source
+from genbundle.builder.plan import Call, Capture, Plan
+from genbundle.bundles.manifest import Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
-_BATCH, _NEW, _PAST = 2, 3, 5
+_BATCH, _NEW, _PAST, _PROMPT = 2, 3, 5, 9
 
 
-def decoder_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
-    """The program `decode`: token ids and past to logits and present; serves prompt, continuation and step.
+def text_components(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None
+) -> tuple[list[Component], Flow]:
+    """The programs of a text decoder: one for prompt and step where the model allows it, else one for each.
 
     fuse: use ONNX Runtime's GroupQueryAttention where every layer's attention allows it.
     """
-    fused = fuse and can_fuse(model, plan, captures)
-    module = Decoder(model, len(plan.layers), fused=fused, constants=plan.constants).eval()
-    roles: tuple[Role, ...] = ("merge", "language_model", "lm_head", "decode")
-    sample, axes, sources = text_sample(plan)
-    return with_past(
-        Component(name="decode", roles=roles, module=module, sample=sample, axes=axes, sources=sources), plan
+    if plan.one_program:
+        decode = step_component(model, plan, captures, fuse=fuse and can_fuse_prompt(model, plan, captures))
+        return [decode], Flow(
+            prompt=(Route(programs=("decode",)),), step=("decode",), continues=True, capacity=capacity
+        )
+    decode = step_component(model, plan, captures, fuse=fuse)
+    # Token by token is right for any prompt, and slow: for those that the prompt's program can't take.
+    routes = (Route(programs=("prompt",)), Route(programs=("decode",), one_by_one=True))
+    flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
+    return [_prompt_component(model, plan, captures, fuse=fuse), decode], flow
+
+
+def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
+    """The program `decode`: new token ids and past to logits and present; one new token where the model needs that."""
+    fused = fuse and can_fuse_step(model, plan, captures)
+    module = Decoder(
+        model, plan.layers, fused=fused, cache_argument=plan.cache_argument, constants=plan.step.constants
+    ).eval()
+    sample, axes = text_sample(plan.step, new=_NEW if plan.continues else 1, past=_PAST)
+    decode = Component(
+        name="decode",
+        roles=("merge", "language_model", "lm_head", "decode"),
+        module=module,
+        sample=sample,
+        axes=axes,
+        sources=plan.step.sources,
+    )
+    return with_past(decode, plan)
+
+
+def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
+    """The program `prompt`: token ids to logits and present, for the prompt alone."""
+    assert plan.prompt is not None
+    fused = fuse and can_fuse_prompt(model, plan, captures)
+    sample, axes = text_sample(plan.prompt, new=_PROMPT, past=0)
+    states = {}
+    for index, layer in enumerate(plan.layers):
+        for kind, shape in layer.shapes():
+            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
+            axes[f"present_{index}_{kind}"] = {0: "batch", **({2: "sequence"} if None in shape else {})}
+    return Component(
+        name="prompt",
+        roles=("merge", "language_model", "lm_head"),
+        module=Decoder(
+            model,
+            plan.layers,
+            fused=fused,
+            begins=True,
+            cache_argument=plan.cache_argument,
+            constants=plan.prompt.constants,
+        ).eval(),
+        sample=sample,
+        axes=axes,
+        sources=plan.prompt.sources,
+        states=states,
+        fusions=fused or not fuse,
+        optional=True,
     )
 
 
-def can_fuse(model: PreTrainedModel, plan: Plan, captures: list[Capture]) -> bool:
-    """Whether every layer's attention, watched on captured prompts and steps, is what GroupQueryAttention computes."""
-    return can_fuse_prompt(model, plan, captures) and can_fuse_step(model, plan, captures)
-
-
 def can_fuse_prompt(model: PreTrainedModel, plan: Plan, captures: list[Capture]) -> bool:
-    """The same for the prompts alone."""
-    prompts = [{key: value for key, value in item.prompt.items() if key != "past_key_values"} for item in captures]
+    """Whether every layer's attention, watched on captured prompts, is what GroupQueryAttention computes."""
+    prompts = [{key: value for key, value in item.prompt.items() if key != plan.cache_argument} for item in captures]
     return _fusible(model, plan, [{**prompt, "use_cache": False} for prompt in prompts])
 
 
 def can_fuse_step(model: PreTrainedModel, plan: Plan, captures: list[Capture]) -> bool:
-    """The same for the steps alone."""
+    """The same for captured steps."""
     return _fusible(model, plan, [item.step for item in captures])
 
 
 def _fusible(model: PreTrainedModel, plan: Plan, calls: list[dict]) -> bool:
     language_model = language_model_of(model)
+    if not plan.continues:
+        return False
     if not language_model._can_set_attn_implementation():
         return False
     for kwargs in calls:
@@ -58,21 +108,25 @@ def _fusible(model: PreTrainedModel, plan: Plan, calls: list[dict]) -> bool:
     return True
 
 
-def text_sample(plan: Plan) -> tuple[dict, dict, dict]:
-    """Sample, axes and sources of the inputs that every decoder program has: tokens, mask, positions."""
-    sample: dict[str, torch.Tensor] = {"input_ids": torch.randint(0, 2, (_BATCH, _NEW))}
-    axes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}, "logits": {0: "batch"}}
-    if "attention_mask" in plan.sources:
-        mask = torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long)
+def text_sample(call: Call, *, new: int, past: int) -> tuple[dict, dict]:
+    """Sample and axes of the inputs that every decoder program has: tokens, mask, positions.
+
+    new: how many tokens; an axis of one is fixed. past: how many before them; 0 for a program of prompts.
+    """
+    sequence = {} if new == 1 else {1: "sequence"}
+    sample: dict[str, torch.Tensor] = {"input_ids": torch.randint(0, 2, (_BATCH, new))}
+    axes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", **sequence}, "logits": {0: "batch"}}
+    if "attention_mask" in call.sources:
+        mask = torch.ones(_BATCH, past + new, dtype=torch.long)
         mask[0, 0] = 0
         sample["attention_mask"] = mask
-        axes["attention_mask"] = {0: "batch", 1: "total"}
-    if "position_ids" in plan.sources:
-        leading = (plan.position_axes,) if plan.position_axes else ()
-        positions = torch.arange(_PAST, _PAST + _NEW).expand(*leading, _BATCH, _NEW)
+        axes["attention_mask"] = {0: "batch", 1: "total" if past else "sequence"}
+    if "position_ids" in call.sources:
+        leading = (call.position_axes,) if call.position_axes else ()
+        positions = torch.arange(past, past + new).expand(*leading, _BATCH, new)
         sample["position_ids"] = positions.clone()
-        axes["position_ids"] = {len(leading): "batch", len(leading) + 1: "sequence"}
-    return sample, axes, dict(plan.sources)
+        axes["position_ids"] = {len(leading): "batch", **({len(leading) + 1: "sequence"} if sequence else {})}
+    return sample, axes
 
 
 def with_past(component: Component, plan: Plan) -> Component:
@@ -80,16 +134,12 @@ def with_past(component: Component, plan: Plan) -> Component:
     sample, sources, states = dict(component.sample), dict(component.sources), dict(component.states)
     axes = {name: dict(item) for name, item in component.axes.items()}
     for index, layer in enumerate(plan.layers):
-        for kind, width in (("key", layer.key_width), ("value", layer.value_width)):
+        for kind, shape in layer.shapes():
             past, present = f"past_{index}_{kind}", f"present_{index}_{kind}"
-            sample[past] = torch.zeros(_BATCH, layer.heads, _PAST, width)
-            axes[past] = {0: "batch", 2: "past"}
-            axes[present] = {0: "batch", 2: "total"}
+            grows = None in shape
+            sample[past] = torch.zeros(_BATCH, *(_PAST if size is None else size for size in shape))
+            axes[past] = {0: "batch", **({2: "past"} if grows else {})}
+            axes[present] = {0: "batch", **({2: "total"} if grows else {})}
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
             states[present] = f"{index}.{kind}"
     return replace(component, sample=sample, axes=axes, sources=sources, states=states)
-
-
-def text_flow(capacity: int | None) -> Flow:
-    """One program for prompt and step."""
-    return Flow(prompt=(Route(programs=("decode",)),), step=("decode",), continues=True, capacity=capacity)

@@ -156,6 +156,7 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     if not given:
         capture = [left_padded([maker.text(5), maker.text(9)], pad), maker.text(6)]
         held_out = {
+            "one token": maker.text(1),
             "short prompt": maker.text(3),
             "longer prompt": maker.text(33),
             "padded batch": left_padded([maker.text(4), maker.text(12), maker.text(7)], pad),

@@ -87,10 +87,15 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The programs that take a prompt when exactly the user inputs `needs` (besides text) are given."""
+    """The programs that take a prompt when the user inputs `needs` (besides text) are given.
+
+    Of several, the one that needs most is taken. one_by_one: the programs take one new token per call and no padding,
+    so that a prompt goes through them token by token, row by row.
+    """
 
     programs: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +116,14 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What the model's own generation config asks for; a caller's options win over `options`."""
+    """What the model's own generation config asks for; a caller's options win over `options`.
+
+    decoder_start_token_id: the token that an encoder-decoder's sequences begin with. The tokens are then those of the
+    decoder (the input `decoder_input_ids`), and `input_ids`, if there are any, belong to the encoder.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
+    decoder_start_token_id: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     options: dict[str, Any] = field(default_factory=dict)

@@ -2,14 +2,14 @@
 
 import time
 from array import array as IntArray
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import Bundle, InputError
-from genbundle.runtime.logits import suppress
+from genbundle.bundles import InputError
+from genbundle.runtime.inputs import token_ids, token_mask
+from genbundle.runtime.rules import apply_rules
 from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.wiring import Wiring
 
@@ -87,41 +87,6 @@ class Clock:
 Stop = Callable[[int, int], bool]  # (row, token) -> whether the row's text has reached a stop string
 
 
-def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.ndarray]:
-    """Generation inputs as arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit."""
-    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-    ids = arrays.get("input_ids")
-    if ids is None:
-        raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
-        raise InputError(f"input_ids: expected integers [batch, length], got {ids.dtype} {list(ids.shape)}")
-    if ids.min() < 0:
-        raise InputError(f"input_ids: expected token ids of at least 0, got {int(ids.min())}")
-    mask = arrays.setdefault("attention_mask", _default_mask(ids, bundle))
-    if mask.shape != ids.shape:
-        raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
-    if not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
-        raise InputError("attention_mask: expected 0 or 1, with at least one 1 in every row")
-    if not mask[:, -1].all():
-        raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
-    capacity = bundle.manifest.flow.capacity
-    if capacity is not None and ids.shape[1] >= capacity:
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, "
-            "or build the bundle with a larger max_length"
-        )
-    return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-
-
-def _default_mask(ids: np.ndarray, bundle: Bundle) -> np.ndarray:
-    """The mask that transformers makes when none is given: pad tokens are padding, unless they also end sequences."""
-    generation = bundle.manifest.generation
-    pad = generation.pad_token_id
-    if pad is None or pad in generation.eos_token_ids:
-        return np.ones_like(ids)
-    return (ids != pad).astype(np.int64)
-
-
 def steps(
     wiring: Wiring,
     inputs: dict[str, np.ndarray],
@@ -137,7 +102,7 @@ def steps(
     seeds are counted from. The last step's reasons are all set.
     """
     clock = clock or Clock()
-    ids = inputs["input_ids"]
+    ids = token_ids(inputs)
     batch, prompt_length = ids.shape
     limit = options.new_tokens(prompt_length)
     if wiring.manifest.flow.capacity is not None:
@@ -146,8 +111,10 @@ def steps(
     samplers = [
         options.sampler(None if options.seed is None else options.seed + first_row + row) for row in range(batch)
     ]
-    # What the repetition penalty counts: padding left out, as transformers does.
-    seen = [IntArray("q", row[mask]) for row, mask in zip(ids, inputs["attention_mask"] != 0, strict=True)]
+    # The repetition penalty leaves padding out, as transformers does; the other rules don't.
+    paddings = prompt_length - token_mask(inputs).sum(axis=1)
+    seen = [IntArray("q", row) for row in ids]
+    asked = options.new_tokens(prompt_length)
     reasons: list[str | None] = [None] * batch
     wiring.open(inputs)
     begun = time.perf_counter()
@@ -159,10 +126,9 @@ def steps(
         for row in range(batch):
             if reasons[row] is not None:
                 continue
-            scores = logits[row]
-            if length - prompt_length < options.min_new_tokens:
-                scores = suppress(scores, options.eos_token_ids)
-            token = tokens[row] = samplers[row](scores, np.array(seen[row], np.int64))
+            so_far = np.array(seen[row], np.int64)
+            scores = apply_rules(logits[row], options, so_far, prompt_length=prompt_length, limit=asked)
+            token = tokens[row] = samplers[row](scores, so_far[paddings[row] :])
             seen[row].append(token)
             if token in options.eos_token_ids:
                 reasons[row] = "eos"
@@ -225,16 +191,14 @@ def collect(
 ) -> tuple[list[Step], np.ndarray]:
     """Run `steps` to the end: the steps, and the new tokens `[batch, new]`.
 
-    A batch larger than the programs take runs row after row; its steps are put together afterwards. The steps'
+    A batch that the programs don't take together runs row after row; its steps are put together afterwards. The steps'
     logits are dropped unless `keep_logits`: those of a long generation are gigabytes.
     """
-    most = wiring.manifest.flow.batch
-    batch = len(inputs["input_ids"])
-    if most is None or batch <= most:
+    if wiring.together(inputs):
         taken = [_kept(step, keep_logits) for step in steps(wiring, inputs, options, stop=stop, clock=clock)]
         return taken, np.stack([step.tokens for step in taken], axis=1)
     # The batch's own length counts, as in transformers: a row without its padding may be shorter.
-    options = replace(options, max_new_tokens=options.new_tokens(inputs["input_ids"].shape[1]))
+    options = replace(options, max_new_tokens=options.new_tokens(token_ids(inputs).shape[1]))
     runs = []
     for row, single in enumerate(single_rows(inputs)):
         own = Clock()

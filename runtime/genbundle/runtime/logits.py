@@ -1,22 +1,13 @@
 """Pure functions on one row of logits `[vocabulary]` float32, equal to transformers' logits processors.
 
-The order in which transformers applies them: `repetition_penalty` and `suppress` always; `temperature`, `top_k`,
+The order in which transformers applies them: `repetition_penalty` always; `temperature`, `top_k`,
 `top_p`, `min_p` only when sampling. None changes the row it is given; a filtered-out token has the logit -inf.
 """
-
-from collections.abc import Iterable
 
 import numpy as np
 
 # Candidates that top_p looks at first, before it takes eight times as many: the nucleus of a trained model is small.
 _FIRST_CANDIDATES = 256
-
-
-def suppress(row: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
-    """`row` with the given tokens ruled out (a minimum length does that to the end-of-sequence tokens)."""
-    row = row.copy()
-    row[[token for token in token_ids if token < len(row)]] = -np.inf
-    return row
 
 
 def repetition_penalty(row: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:

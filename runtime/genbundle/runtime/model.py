@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import Bundle, InputError
-from genbundle.runtime.generate import Clock, Generation, Step, Stop, Timings, collect, complete_inputs, steps
+from genbundle.runtime.generate import Clock, Generation, Step, Stop, Timings, collect, steps
 from genbundle.runtime.images import expand_placeholders, pictures_of, preprocess
+from genbundle.runtime.inputs import TEXT_INPUTS, complete_inputs, token_ids, token_mask
 from genbundle.runtime.program import Backend
 from genbundle.runtime.sampling import GenerationOptions, options_from
 from genbundle.runtime.text import StopStrings, StreamDecoder, TextProcessor
-from genbundle.runtime.wiring import TEXT_INPUTS, Wiring
+from genbundle.runtime.wiring import Wiring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +68,15 @@ class Model:
             InputError: inputs or options that this bundle can't take; says what was given and what is accepted.
         """
         inputs, options = self._prepare(prompt, images, chat_template_kwargs, kwargs)
-        watcher = self._stop_watcher(options, len(inputs["input_ids"]))
+        watcher = self._stop_watcher(options, len(token_ids(inputs)))
         clock = Clock()
         taken, new = collect(self.wiring, inputs, options, watcher, clock)
-        sequences = np.concatenate([inputs["input_ids"], new], axis=1)
+        sequences = np.concatenate([token_ids(inputs), new], axis=1)
         return Generation(
             sequences=sequences,
             texts=self._texts(taken, new, options),
             finish_reasons=tuple(reason or "length" for reason in taken[-1].finish_reasons),
-            timings=clock.timings(int(inputs["attention_mask"].sum(axis=1).max())),
+            timings=clock.timings(int(token_mask(inputs).sum(axis=1).max())),
         )
 
     def stream(
@@ -91,8 +92,8 @@ class Model:
         The chunks' texts together are `generate(...).text`. Raises InputError before the first chunk.
         """
         inputs, options = self._prepare(prompt, images, chat_template_kwargs, kwargs)
-        if len(inputs["input_ids"]) != 1:
-            raise InputError(f"a stream is one sequence, got a batch of {len(inputs['input_ids'])}: use generate")
+        if len(token_ids(inputs)) != 1:
+            raise InputError(f"a stream is one sequence, got a batch of {len(token_ids(inputs))}: use generate")
         return self._chunks(inputs, options)
 
     def _chunks(self, inputs: dict[str, np.ndarray], options: GenerationOptions) -> Iterator[Chunk]:
@@ -105,7 +106,7 @@ class Model:
             shown, stopped = stops.feed(decoder.push(token) if decoder else "")
             return stopped
 
-        prompt_tokens = int(inputs["attention_mask"].sum())
+        prompt_tokens = int(token_mask(inputs).sum())
         for step in steps(self.wiring, inputs, options, stop=stop, clock=clock):
             token, reason = int(step.tokens[0]), step.finish_reasons[0]
             if reason == "eos":

@@ -15,7 +15,12 @@ Sampler = Callable[[np.ndarray, np.ndarray], int]
 # What transformers generates when nobody set a length.
 _DEFAULT_NEW_TOKENS = 20
 # transformers' names for two options, accepted beside ours.
-_ALIASES = {"eos_token_id": "eos_token_ids", "stop_strings": "stop"}
+_ALIASES = {
+    "eos_token_id": "eos_token_ids",
+    "forced_eos_token_id": "forced_eos_token_ids",
+    "stop_strings": "stop",
+}
+_SEVERAL = ("stop", "eos_token_ids", "forced_eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _FILTERS = ("top_k", "top_p", "min_p")
 _ASK_FOR_SAMPLING = ("temperature", *_FILTERS, "seed")
 
@@ -25,7 +30,10 @@ class GenerationOptions:
     """Every option that `generate` takes, with transformers' defaults.
 
     max_new_tokens: the most tokens to generate; wins over max_length, the most tokens with the prompt. min_new_tokens:
-    no end-of-sequence token before so many. do_sample: sample, or take the most probable token; the sampling options
+    no end-of-sequence token before so many; min_length the same, the prompt counted. no_repeat_ngram_size: no sequence
+    of so many tokens twice. bad_words_ids, suppress_tokens, begin_suppress_tokens: token sequences, tokens, and first
+    tokens that are never generated. forced_bos_token_id, forced_eos_token_ids: the token after a prompt of one, and the
+    last that max_new_tokens allows. do_sample: sample, or take the most probable token; the sampling options
     (temperature, top_k, top_p, min_p, seed) count only then. top_k: 0 or None for no limit. stop: strings that end the
     text, left out of it. seed: None for a new random sequence each time.
     """
@@ -33,6 +41,13 @@ class GenerationOptions:
     max_new_tokens: int | None = None
     max_length: int | None = None
     min_new_tokens: int = 0
+    min_length: int = 0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_ids: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int | None = 50
@@ -92,9 +107,11 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Gener
     values = {name: value for name, value in _named(defaults).items() if value is not None} | given
     if "do_sample" not in given and any(given.get(name) is not None for name in _ASK_FOR_SAMPLING):
         values["do_sample"] = True
-    for name in ("stop", "eos_token_ids"):
+    for name in _SEVERAL:
         if name in values:
             values[name] = _as_tuple(values[name])
+    if "bad_words_ids" in values:
+        values["bad_words_ids"] = tuple(_as_tuple(words) for words in _as_tuple(values["bad_words_ids"]))
     _check_values(values)
     if values.get("temperature") == 0:
         values |= {"temperature": 1.0, "do_sample": False}
@@ -209,10 +226,22 @@ def _is_number(value: Any) -> bool:
     return number and math.isfinite(float(value))
 
 
+_TOKEN_IDS: tuple[str, Callable[[Any], bool]] = (
+    "a token id, or several",
+    lambda value: all(_is_int(item, 0) for item in value),
+)
 _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_new_tokens": ("a whole number of at least 1", lambda value: value is None or _is_int(value, 1)),
     "max_length": ("a whole number of at least 1", lambda value: value is None or _is_int(value, 1)),
     "min_new_tokens": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
+    "min_length": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
+    "no_repeat_ngram_size": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
+    "bad_words_ids": (
+        "a list of lists of token ids, none empty",
+        lambda value: all(words and all(_is_int(item, 0) for item in words) for words in value),
+    ),
+    "forced_bos_token_id": ("a token id, or None", lambda value: value is None or _is_int(value, 0)),
+    **dict.fromkeys(("forced_eos_token_ids", "suppress_tokens", "begin_suppress_tokens"), _TOKEN_IDS),
     "do_sample": ("True or False", lambda value: isinstance(value, bool | np.bool_)),
     "temperature": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
     "top_k": (
@@ -227,6 +256,6 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a string, or several, none empty",
         lambda value: all(isinstance(item, str) and item for item in value),
     ),
-    "eos_token_ids": ("a token id, or several", lambda value: all(_is_int(item, 0) for item in value)),
+    "eos_token_ids": _TOKEN_IDS,
     "pad_token_id": ("a token id, or None", lambda value: value is None or _is_int(value, 0)),
 }

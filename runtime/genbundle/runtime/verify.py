@@ -5,7 +5,8 @@ import numpy as np
 from genbundle.bundles import InputError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, read_golden
 from genbundle.bundles.manifest import Check
-from genbundle.runtime.generate import Clock, Step, collect, complete_inputs
+from genbundle.runtime.generate import Clock, Step, collect
+from genbundle.runtime.inputs import complete_inputs, token_ids
 from genbundle.runtime.model import Model
 from genbundle.runtime.sampling import options_from
 
@@ -37,7 +38,7 @@ def replay(model: Model, case: GoldenCase) -> Check:
     )
     inputs = complete_inputs(case.inputs, model.bundle)
     taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True)
-    length = inputs["input_ids"].shape[1]
+    length = token_ids(inputs).shape[1]
     expected = case.sequences[:, length:]
     difference = _compare(case, taken, new, expected)
     return Check(

@@ -12,20 +12,21 @@ from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime import pieces
+from genbundle.runtime.inputs import TEXT_INPUTS, token_ids, token_mask
 from genbundle.runtime.positions import POSITION_INPUTS, POSITION_RULES, position_ids
 from genbundle.runtime.preparers import PREPARERS
 from genbundle.runtime.program import Backend, Tensor
 from genbundle.runtime.state import State
 
-TEXT_INPUTS = ("input_ids", "attention_mask")
-
 
 @dataclass
 class Sequences:
-    """Several sequences on their way: state, padding mask `[batch, length]`, and the last position ids per rule."""
+    """Several sequences on their way: state, padding mask `[batch, length]`, the last position ids per rule, and the
+    generation inputs that the steps read."""
 
     state: State
     mask: np.ndarray
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
     positions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -43,6 +44,8 @@ class Wiring:
         # Programs that keep their state inside hold one generation's: the last that began.
         self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
         self._running: Sequences | None = None
+        steps = (item.source for name in manifest.flow.step for item in self._entries[name].inputs)
+        self._step_inputs = {source.name for source in steps if source.kind == "user"}
         self._check()
 
     def open(self, inputs: Mapping[str, np.ndarray]) -> None:
@@ -56,10 +59,28 @@ class Wiring:
         inputs: `input_ids` and `attention_mask` `[batch, length]`, and the model's own inputs. Raises InputError for
         inputs that no route takes, of another shape than the programs', or whose placeholders don't match.
         """
-        ids = inputs["input_ids"]
         route = self._route(inputs)
+        if route.one_by_one:
+            ids = inputs["input_ids"]
+            first = {name: inputs[name][:, :1] for name in ("input_ids", "attention_mask")}
+            logits, sequences = self._begin(first, route)
+            for place in range(1, ids.shape[1]):
+                logits = self.step(ids[:, place : place + 1].astype(np.int64), sequences)
+            return logits, sequences
+        return self._begin(inputs, route)
+
+    def together(self, inputs: dict[str, np.ndarray]) -> bool:
+        """Whether the programs take these sequences in one call; else each needs calls of its own, without padding."""
+        most = self.manifest.flow.batch
+        if most is not None and len(token_ids(inputs)) > most:
+            return False
+        return not self._route(inputs).one_by_one or bool(inputs["attention_mask"].all())
+
+    def _begin(self, inputs: dict[str, np.ndarray], route: Route) -> tuple[np.ndarray, Sequences]:
+        ids = token_ids(inputs)
         state = State(self.manifest.state, len(ids))
-        sequences = Sequences(state=state, mask=inputs["attention_mask"].astype(np.int64))
+        kept = {name: array for name, array in inputs.items() if name in self._step_inputs}
+        sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
         self._running = sequences
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
         return call.run(route.programs), sequences
@@ -73,7 +94,7 @@ class Wiring:
             )
         ones = np.ones(tokens.shape, sequences.mask.dtype)
         sequences.mask = np.concatenate([sequences.mask, ones], axis=1)
-        return _Call(self, {}, sequences, tokens, first=False).run(self.manifest.flow.step)
+        return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
 
     def entry(self, name: str) -> ProgramEntry:
         """The manifest's entry of a program."""

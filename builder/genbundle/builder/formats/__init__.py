@@ -1,8 +1,9 @@
 """One module per program format: each takes components and returns what the manifest says of the programs it wrote."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from genbundle.builder.components import Component, dtype_of, shape_of
 from genbundle.builder.exporting import first_line
@@ -10,6 +11,7 @@ from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
 Progress = Callable[[str], None]
+Lowered = TypeVar("Lowered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,23 @@ def naming(component: Component) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{component.name}: the exporter can't express it: {type(cause).__name__}: {first_line(cause)}"
         ) from error
+
+
+def lower_each(
+    components: Iterable[Component], lower: Callable[[Component], Lowered], progress: Progress
+) -> tuple[list[tuple[Component, Lowered]], tuple[str, ...]]:
+    """Every component with what `lower` makes of it, and notes of optional ones that can't be lowered."""
+    done, notes = [], []
+    for component in components:
+        progress(f"export {component.name}")
+        try:
+            with naming(component):
+                done.append((component, lower(component)))
+        except UnsupportedModelError as error:
+            if not component.optional:
+                raise
+            notes.append(f"done without a program of its own: {error}")
+    return done, tuple(notes)
 
 
 def describe_inputs(

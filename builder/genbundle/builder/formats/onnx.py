@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from genbundle.builder.components import Component, as_state
 from genbundle.builder.exporting import to_onnx
-from genbundle.builder.formats import Exported, Progress, describe_inputs, naming
+from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 from genbundle.builder.passes.tied_weights import share_transposed_weights
@@ -22,17 +22,8 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
     provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
     """
     pool, models, programs, states = WeightPool(), {}, [], {}
-    for component in components:
-        progress(f"export {component.name}")
-        # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
-        fused_for = provider if component.fusions and provider == "cpu" else None
-        with naming(component):
-            model = to_onnx(component.module, component.sample, component.axes, fused_for)
-        _expect_dynamic(model, component)
-        share_transposed_weights(model)
-        if fused_for is not None:
-            remove_round_trips(model)
-            add_biases_before_split(model)
+    lowered, notes = lower_each(components, lambda component: _lower(component, provider), progress)
+    for component, model in lowered:
         _name_axes(model, component)
         program = _describe(model, component, states)
         _rename(model, component)
@@ -57,8 +48,26 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
             # Trace positions of the exporting machine: no use to a runtime, and they'd change the bytes.
             node.metadata_props.clear()
             node.doc_string = None
+            # ONNX Runtime plans its memory by these, finds them again by itself, and the tracer's aren't always right:
+            # two symbols that met in one sample may have become one.
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
         ir.save(model, folder / f"{name}.onnx")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME)
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=notes)
+
+
+def _lower(component: Component, provider: str) -> ir.Model:
+    """The component as an ONNX graph, fused and simplified."""
+    # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
+    fused_for = provider if component.fusions and provider == "cpu" else None
+    model = to_onnx(component.module, component.sample, component.axes, fused_for)
+    _expect_dynamic(model, component)
+    share_transposed_weights(model)
+    if fused_for is not None:
+        remove_round_trips(model)
+        add_biases_before_split(model)
+    return model
 
 
 def onnx_name(name: str) -> str:

@@ -12,7 +12,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
-from genbundle.builder.formats import Exported, Progress, describe_inputs, naming
+from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Output, Program, State
@@ -24,12 +24,8 @@ _TRACE_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", 
 def export_torch(components: Iterable[Component], folder: Path, progress: Progress) -> Exported:
     """Write one .pt2 per component below `folder`, which weight it reads where, and the weights, each once."""
     pool, programs, states, reads = WeightPool(), [], {}, {}
-    for component in components:
-        progress(f"export {component.name}")
-        with naming(component):
-            exported = to_exported_program(component.module, component.sample, component.axes)
-        _expect_dynamic(exported, component)
-        relax_lower_bounds(exported)
+    lowered, notes = lower_each(components, _lower, progress)
+    for component, exported in lowered:
         programs.append(_describe(exported, component, states))
         reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
         _save(exported, folder / f"{component.name}.pt2")
@@ -38,7 +34,15 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
     for name, keys in reads.items():
         table = {parameter: pool.slots[key].name for parameter, key in sorted(keys.items())}
         (folder / f"{name}.weights.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME)
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=notes)
+
+
+def _lower(component: Component) -> Any:
+    """The component as an ExportedProgram."""
+    exported = to_exported_program(component.module, component.sample, component.axes)
+    _expect_dynamic(exported, component)
+    relax_lower_bounds(exported)
+    return exported
 
 
 def _expect_dynamic(exported: Any, component: Component) -> None:

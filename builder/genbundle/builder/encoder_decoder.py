@@ -1,0 +1,240 @@
+"""The programs of an encoder-decoder: the encoder once, the decoder's first call, and its steps.
+
+The first call computes the cross-attention's keys and values from the encoder's output; they are state from then on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+
+from genbundle.builder.components import Component, name_axes
+from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
+from genbundle.builder.plan import Capture
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Flow, Route, Source
+from genbundle.runtime.inputs import TEXT_INPUTS
+
+# Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
+_BATCH, _NEW, _PAST, _SOURCE = 2, 3, 5, 7
+_OF_THE_DECODER = ("decoder_input_ids", "encoder_outputs", "use_cache", "return_dict")
+
+
+class Encoder(torch.nn.Module):
+    """The encoder: its inputs to the tensors of its output, named `encoder_<field>`."""
+
+    def __init__(self, encoder: torch.nn.Module, constants: dict[str, Any]):
+        super().__init__()
+        self.encoder, self.constants = encoder, constants
+        self.config = encoder.config
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`encoder_last_hidden_state` `[batch, source, width]`, and what else it returns."""
+        return _fields(self.encoder(**inputs, **self.constants))
+
+
+class CrossDecoder(torch.nn.Module):
+    """`model` from decoder tokens and the encoder's output to logits, the present, and (with `begins`) the cross state.
+
+    Inputs: `decoder_input_ids [batch, new]`, the encoder's outputs, `past_<layer>_<what>` and `cross_<layer>_<what>`
+    (`[batch, heads, source, width]`) unless it begins, and what else the forward takes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[Layer], cross: Sequence[Layer], output_type: type,
+        constants: dict[str, Any], *, begins: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.config, self.begins = model, model.config, begins
+        self.layers, self.cross, self.output_type, self.constants = tuple(layers), tuple(cross), output_type, constants
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model's own forward with the encoder's output and the caches given."""
+        fields = {key: inputs.pop(key) for key in list(inputs) if key.startswith("encoder_")}
+        like = inputs["decoder_input_ids"].to(torch.get_default_dtype())
+        own = [self._open("past", index, layer, inputs, like) for index, layer in enumerate(self.layers)]
+        cross = [self._open("cross", index, layer, inputs, like) for index, layer in enumerate(self.cross)]
+        caches = []
+        for made in (own, cross):
+            cache: Any = DynamicCache()
+            cache.layers = made
+            caches.append(cache)
+        cache = EncoderDecoderCache(*caches)
+        cache.is_updated = {index: not self.begins for index in range(len(cross))}
+        encoder_outputs = self.output_type(**{key.removeprefix("encoder_"): value for key, value in fields.items()})
+        logits = self.model(
+            **inputs, **self.constants, encoder_outputs=encoder_outputs, past_key_values=cache, use_cache=True
+        ).logits
+        outputs = {"logits": logits[:, -1:]}
+        for group, made in (("present", own), *((("cross", cross),) if self.begins else ())):
+            for index, layer in enumerate(made):
+                outputs |= {f"{group}_{index}_{name}": tensor for name, tensor in kept(layer).items()}
+        return outputs
+
+    def _open(self, group: str, index: int, layer: Layer, inputs: dict[str, torch.Tensor], like: torch.Tensor) -> Any:
+        given = None
+        if not self.begins:
+            given = {name: inputs.pop(f"{group}_{index}_{name}") for name, _ in layer.shapes()}
+        return open_layer(layer, given, like, fused=False)
+
+
+def encoder_decoder_components(
+    model: PreTrainedModel, captures: list[Capture], capacity: int | None
+) -> tuple[list[Component], Flow]:
+    """The components of an encoder-decoder and how they are called; UnsupportedModelError names what can't be."""
+    name = type(model).__name__
+    if any(item.encoder is None for item in captures):
+        raise UnsupportedModelError(f"{name}: generate never calls its encoder")
+    cache = captures[0].step.get("past_key_values")
+    if not isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
+    layers = describe_layers(cache.self_attention_cache, f"{name}: decoder")
+    cross = describe_layers(cache.cross_attention_cache, f"{name}: cross-attention")
+    if not all(layer.plain for layer in (*layers, *cross)):
+        raise UnsupportedModelError(f"{name}: its decoder keeps more than keys and values, which can't be carried yet")
+    encoder = _encoder(model, captures)
+    outputs = [item.prompt["encoder_outputs"] for item in captures]
+    begin, step = (_call(name, captures, phase) for phase in ("prompt", "step"))
+    prompt = _decoder(model, layers, cross, encoder, type(outputs[0]), begin, begins=True)
+    decode = _decoder(model, layers, cross, encoder, type(outputs[0]), step, begins=False)
+    needs = {source.name for source in (*encoder.sources.values(), *begin[1].values()) if source.kind == "user"}
+    route = Route(programs=("encoder", "prompt"), needs=tuple(sorted(filter(None, needs - set(TEXT_INPUTS)))))
+    return [encoder, prompt, decode], Flow(prompt=(route,), step=("decode",), continues=True, capacity=capacity)
+
+
+def _fields(output: Any) -> dict[str, torch.Tensor]:
+    return {f"encoder_{name}": value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def _encoder(model: PreTrainedModel, captures: list[Capture]) -> Component:
+    encoder: Any = model.get_encoder()
+    calls = [item.encoder or {} for item in captures]
+    constants, samples = {}, []
+    for key in {key: None for call in calls for key in call}:
+        values = [call.get(key) for call in calls]
+        if any(isinstance(value, torch.Tensor) for value in values):
+            continue
+        if any(value != values[0] for value in values):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the encoder's {key!r} differs between runs, unexplained"
+            )
+        if values[0] is not None:
+            constants[key] = values[0]
+    sources: dict[str, Source] = {}
+    for item, call in zip(captures, calls, strict=True):
+        sample = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
+        for key, value in sample.items():
+            user = next((n for n, given in item.inputs.items() if _same(given, value)), None)
+            if user is None:
+                raise UnsupportedModelError(f"encoder: its input {key!r} has no explanation")
+            sources[key] = Source(kind="user", name=user)
+        samples.append(sample)
+    if any(sample.keys() != sources.keys() for sample in samples):
+        raise UnsupportedModelError("encoder: it is given other inputs from run to run")
+    module = Encoder(encoder, constants).eval()
+    with torch.no_grad():
+        results = [module(**sample) for sample in samples]
+    sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
+    known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
+    return Component(
+        name="encoder",
+        roles=("encoder",),
+        module=module,
+        sample=samples[0],
+        axes={**name_axes(samples, known), **name_axes(results, known)},
+        sources=sources,
+        states={key: key for key in results[0]},
+    )
+
+
+Call = tuple[dict[str, Any], dict[str, Source]]  # constants, sources
+
+
+def _call(name: str, captures: list[Capture], phase: Any) -> Call:
+    """The decoder's arguments in that phase: constants, and where each tensor comes from."""
+    constants: dict[str, Any] = {}
+    sources: dict[str, Source] = {"decoder_input_ids": Source(kind="tokens")}
+    for argument in {key: None for item in captures for key in getattr(item, phase)}:
+        values = [getattr(item, phase).get(argument) for item in captures]
+        if argument in _OF_THE_DECODER or any(isinstance(value, Cache) for value in values):
+            continue
+        if not any(isinstance(value, torch.Tensor) for value in values):
+            if any(value != values[0] for value in values):
+                raise UnsupportedModelError(f"{name}: the decoder's {argument!r} differs between runs, unexplained")
+            if values[0] is not None:
+                constants[argument] = values[0]
+            continue
+        if all(_same(item.inputs.get(argument), value) for item, value in zip(captures, values, strict=True)):
+            sources[argument] = Source(kind="user", name=argument)
+        elif argument == "decoder_attention_mask" and all(v is not None and bool((v == 1).all()) for v in values):
+            sources[argument] = Source(kind="mask")
+        else:
+            raise UnsupportedModelError(f"{name}: the decoder's {phase} input {argument!r} has no explanation")
+    return constants, sources
+
+
+def _same(given: Any, value: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.shape == value.shape and bool((given == value).all())
+
+
+def _decoder(
+    model: PreTrainedModel, layers: Sequence[Layer], cross: Sequence[Layer], encoder: Component, output_type: type,
+    call: Call, *, begins: bool,
+) -> Component:  # fmt: skip
+    constants, sources = call[0], dict(call[1])
+    past = 0 if begins else _PAST
+    tokens = torch.ones(_BATCH, _NEW, dtype=torch.long)
+    sample: dict[str, torch.Tensor] = {"decoder_input_ids": tokens}
+    axes: dict[str, dict[int, str]] = {
+        "decoder_input_ids": {0: "batch", 1: "sequence"},
+        "logits": {0: "batch"},
+    }
+    with torch.no_grad():
+        fields = encoder.module(**encoder.sample)
+    for key, tensor in fields.items():
+        named = {axis: name for axis, name in encoder.axes.get(key, {}).items()}
+        shape = [
+            {"batch": _BATCH, "source": _SOURCE}.get(named.get(axis, ""), size)
+            for axis, size in enumerate(tensor.shape)
+        ]
+        sample[key], axes[key] = torch.zeros(shape), named
+        sources[key] = Source(kind="state", name=key)
+    source_length = sample["encoder_last_hidden_state"].shape[1]
+    for key, source in call[1].items():
+        if source.kind == "user":
+            sample[key] = torch.ones(_BATCH, source_length, dtype=torch.long)
+            axes[key] = {0: "batch", **({1: "source"} if source_length == _SOURCE else {})}
+        elif source.kind == "mask":
+            sample[key], axes[key] = torch.ones(_BATCH, past + _NEW, dtype=torch.long), {0: "batch", 1: "total"}
+            axes[key][1] = "sequence" if begins else "total"
+    states: dict[str, str] = {}
+    module = CrossDecoder(model, layers, cross, output_type, constants, begins=begins).eval()
+    for index, layer in enumerate(layers):
+        for kind, (heads, width) in zip(GROWING, layer.attention or (), strict=False):
+            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
+            axes[f"present_{index}_{kind}"] = {0: "batch", 2: "sequence" if begins else "total"}
+            if not begins:
+                sample[f"past_{index}_{kind}"] = torch.zeros(_BATCH, heads, _PAST, width)
+                axes[f"past_{index}_{kind}"] = {0: "batch", 2: "past"}
+                sources[f"past_{index}_{kind}"] = Source(kind="state", name=f"{index}.{kind}")
+    long = {2: "source"} if source_length == _SOURCE else {}
+    for index, layer in enumerate(cross):
+        for kind, (heads, width) in zip(GROWING, layer.attention or (), strict=False):
+            name = f"cross_{index}_{kind}"
+            axes[name] = {0: "batch", **long}
+            if begins:
+                states[name] = f"{index}.cross_{kind}"
+            else:
+                sample[name] = torch.zeros(_BATCH, heads, source_length, width)
+                sources[name] = Source(kind="state", name=f"{index}.cross_{kind}")
+    return Component(
+        name="prompt" if begins else "decode",
+        roles=("merge", "language_model", "lm_head") if begins else ("merge", "language_model", "lm_head", "decode"),
+        module=module,
+        sample=sample,
+        axes=axes,
+        sources=sources,
+        states=states,
+    )

@@ -1,0 +1,159 @@
+"""What a model's layers carry from call to call, and cache layers that begin with given tensors of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from genbundle.builder.attention import FusedLayer, PastLayer
+from genbundle.bundles import UnsupportedModelError
+
+Tensors = Mapping[str, torch.Tensor]
+GROWING = ("key", "value")
+_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+_BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one layer keeps of a sequence.
+
+    attention: `(heads, width)` of its keys and of its values, for every token; None without attention. states: tensors
+    of a fixed size, by kind and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many
+    of each the layer has room for.
+    """
+
+    attention: tuple[tuple[int, int], tuple[int, int]] | None = None
+    states: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    numbers: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it keeps keys and values of every token and nothing else."""
+        return self.attention is not None and not self.states
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+        """The names of what it keeps and their shapes behind the batch; None for the axis that grows."""
+        for kind, (heads, width) in zip(GROWING, self.attention or (), strict=False):
+            yield kind, (heads, None, width)
+        yield from self.states.items()
+
+
+def describe_layers(cache: Any, name: str) -> tuple[Layer, ...]:
+    """What each layer of a captured cache keeps; UnsupportedModelError for what can't be carried."""
+    if type(cache) is not DynamicCache:
+        raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
+    return tuple(_describe(layer, f"{name}: layer {index}") for index, layer in enumerate(cache.layers))
+
+
+def _describe(layer: Any, name: str) -> Layer:
+    kind = type(layer)
+    if kind is DummyLayer:
+        return Layer()
+    if kind not in (*_ATTENTION, *_BOTH, LinearAttentionLayer):
+        raise UnsupportedModelError(f"{name} keeps a {kind.__name__}, which can't be carried yet")
+    attention = None
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is not None and values is not None:
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[2] == 0:
+            raise UnsupportedModelError(f"{name} keeps no keys of its own, which can't be carried yet")
+        attention = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
+    states: dict[str, tuple[int, ...]] = {}
+    for group in ("conv", "recurrent"):
+        for number, tensor in getattr(layer, f"{group}_states", {}).items():
+            if tensor is not None:
+                states[f"{group}_{number}"] = tuple(tensor.shape[1:])
+    return Layer(attention=attention, states=states, numbers=getattr(layer, "number_of_states", 0))
+
+
+class LinearState(LinearAttentionLayer):
+    """Convolution and recurrent states without writing in place; `[batch, ...]` each, or none at the beginning."""
+
+    def __init__(self, layer: Layer, given: Tensors | None):
+        super().__init__(number_of_states=layer.numbers)
+        for name, shape in layer.states.items():
+            group, _, number = name.partition("_")
+            if group == "conv":
+                self.conv_kernel_size[int(number)] = shape[-1]
+            if given is not None:
+                # A copy, since the model may write into it and the program's inputs are the caller's.
+                getattr(self, f"{group}_states")[int(number)] = given[name].clone()
+                getattr(self, f"is_{group}_states_initialized")[int(number)] = True
+                self.has_previous_state[int(number)] = True
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> torch.Tensor:
+        """Keep the last columns of what was kept and what is new; returns both together, at the beginning the new."""
+        kernel = self.conv_kernel_size[state_idx] or conv_kernel_size or conv_states.shape[-1]
+        before = self.conv_states[state_idx] if self.has_previous_state[state_idx] else None
+        # Zeros stand for what was before the beginning, whatever the length: no branch on it.
+        past = conv_states.new_zeros(*conv_states.shape[:-1], kernel) if before is None else before
+        full = torch.cat([past, conv_states], dim=-1)
+        self.conv_states[state_idx] = full[..., -kernel:]
+        self.is_conv_states_initialized[state_idx] = self.has_previous_state[state_idx] = True
+        return full
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        """Keep the new state."""
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+    def states(self) -> dict[str, torch.Tensor]:
+        """What is kept now, by name."""
+        found = {f"conv_{number}": tensor for number, tensor in self.conv_states.items()}
+        found |= {f"recurrent_{number}": tensor for number, tensor in self.recurrent_states.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+class LinearAndPast(LinearState, PastLayer):
+    """A layer with both attention and linear attention."""
+
+    is_compileable = False
+
+    def __init__(self, layer: Layer, given: Tensors | None, keys: torch.Tensor, values: torch.Tensor):
+        LinearState.__init__(self, layer, given)
+        PastLayer.__init__(self, keys, values)
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: it has what it begins with."""
+
+
+def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused: bool) -> Any:
+    """A cache layer that begins with the tensors `given` (by the names of `layer.shapes()`), or empty.
+
+    like: any floating-point tensor `[batch, ...]` to make the empty ones like.
+    """
+    if layer.attention is None and not layer.states:
+        return DummyLayer()
+    if layer.attention is None:
+        return LinearState(layer, given)
+    if given is None:
+        made = (like.new_zeros(like.shape[0], heads, 0, width) for heads, width in layer.attention)
+        keys, values = (item.to(torch.get_default_dtype()) for item in made)
+    else:
+        keys, values = (given[kind] for kind in GROWING)
+    if layer.states:
+        return LinearAndPast(layer, given, keys, values)
+    return FusedLayer(keys, values) if fused else PastLayer(keys, values)
+
+
+def kept(cache_layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer that `open_layer` made keeps after the call, by name."""
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(cache_layer, PastLayer):
+        found |= zip(GROWING, cache_layer.present(), strict=True)
+    if isinstance(cache_layer, LinearState):
+        found |= cache_layer.states()
+    return found

@@ -1,0 +1,71 @@
+"""What a generation config forbids or forces at a step, equal to transformers' logits processors of these names."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+
+class Ruled(Protocol):
+    """The options that the rules read; `GenerationOptions` has them."""
+
+    eos_token_ids: tuple[int, ...]
+    min_new_tokens: int
+    min_length: int
+    no_repeat_ngram_size: int
+    bad_words_ids: tuple[tuple[int, ...], ...]
+    forced_bos_token_id: int | None
+    forced_eos_token_ids: tuple[int, ...]
+    suppress_tokens: tuple[int, ...]
+    begin_suppress_tokens: tuple[int, ...]
+
+
+def apply_rules(row: np.ndarray, options: Ruled, ids: np.ndarray, *, prompt_length: int, limit: int) -> np.ndarray:
+    """`row` (logits `[vocabulary]` float32) with forbidden tokens at -inf; a forced one is the only one left.
+
+    Args:
+        row: not written to.
+        options: the generation's options.
+        ids: the sequence so far, int64 `[length]`, padding included.
+        prompt_length: tokens of the prompt, padding included.
+        limit: the most new tokens that were asked for.
+    """
+    length = len(ids)
+    forbidden: set[int] = set(options.suppress_tokens)
+    if options.no_repeat_ngram_size:
+        forbidden |= repeating(ids, options.no_repeat_ngram_size)
+    for words in options.bad_words_ids:
+        before = len(words) - 1
+        if not before or (length > before and tuple(ids[length - before :].tolist()) == words[:-1]):
+            forbidden.add(words[-1])
+    fewest = max(options.min_length, prompt_length + options.min_new_tokens if options.min_new_tokens else 0)
+    if length < fewest:
+        forbidden |= set(options.eos_token_ids)
+    # A forced first token moves the beginning by one, unless the prompt already has more than one.
+    begins = prompt_length + (options.forced_bos_token_id is not None and prompt_length == 1)
+    if length == begins:
+        forbidden |= set(options.begin_suppress_tokens)
+    if length == 1 and options.forced_bos_token_id is not None:
+        row = only(row, (options.forced_bos_token_id,))
+    if options.forced_eos_token_ids and length == prompt_length + limit - 1:
+        row = only(row, options.forced_eos_token_ids)
+    if forbidden:
+        row = row.copy()
+        row[[token for token in forbidden if token < len(row)]] = -np.inf
+    return row
+
+
+def only(row: np.ndarray, tokens: Iterable[int]) -> np.ndarray:
+    """A row that leaves nothing but `tokens`, alike."""
+    forced = np.full_like(row, -np.inf)
+    forced[list(tokens)] = 0
+    return forced
+
+
+def repeating(ids: np.ndarray, size: int) -> set[int]:
+    """The tokens that would make the last `size` of the sequence stand in it a second time."""
+    if len(ids) < size:
+        return set()
+    windows = np.lib.stride_tricks.sliding_window_view(ids, size)
+    last = ids[len(ids) - size + 1 :]
+    return set(windows[(windows[:, :-1] == last).all(axis=1), -1].tolist())
