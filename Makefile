@@ -12,12 +12,13 @@ TORCH_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+COVERAGE_ARGS ?= --backends cpu torch xnnpack --report docs/coverage.md
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOTS := builder runtime bundles tests
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 demo: $(STAMP)
 	@$(BIN)/genbundle demo $(DEMO_ARGS)
@@ -32,6 +33,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.budgets $(BENCH_ARGS)
+
+coverage: $(STAMP)
+	$(BIN)/python -m tests.zoo.coverage $(COVERAGE_ARGS)
 
 # Remade when pyproject.toml changes; pip then installs what differs.
 $(STAMP): pyproject.toml

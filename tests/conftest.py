@@ -24,7 +24,8 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(bundle_folder: Path) -> Callable[..., Bundle]:
     """`bundle(name, backend="cpu")`: the bundle of the tiny model `name` in tests/zoo/models.py.
 
-    `name` may also be "chat" (a llama with a tokenizer and a chat template) or "demo" (the embedded image-text model).
+    `name` may also be a class in tests/zoo/shrink.py, "chat" (a llama with a tokenizer and a chat template) or "demo"
+    (the embedded image-text model).
     A failed build fails every test that asks for it, and is tried once.
     """
 
@@ -60,7 +61,7 @@ def loaded(bundle: Callable[..., Bundle]) -> Callable[..., Model]:
 
 def _build(name: str, backend: str, path: Path) -> Bundle:
     from genbundle.builder import build_bundle
-    from tests.zoo import models, tokenizers
+    from tests.zoo import models, shrink, tokenizers
 
     if name == "demo":
         from genbundle.builder.demo.show import MODEL, sample_inputs
@@ -69,4 +70,8 @@ def _build(name: str, backend: str, path: Path) -> Bundle:
     if name == "chat":
         processor = tokenizers.chat_tokenizer(models.VOCABULARY)
         return build_bundle(models.make("llama"), None, backend, processor=processor, output=path, progress=False)
+    if name in shrink.CLASSES:
+        model = shrink.make(name)
+        samples = shrink.variants(name, model)["build"]
+        return build_bundle(model, samples, backend, output=path, max_length=64, progress=False)
     return build_bundle(models.make(name), models.samples(name), backend, output=path, progress=False)

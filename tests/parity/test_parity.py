@@ -188,7 +188,10 @@ def test_as_many_pictures_as_placeholders(backend, loaded):
         loaded("llava", backend).generate(**inputs, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# The others by tests/benchmarks/answers.py.
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("torch", marks=pytest.mark.long), pytest.param("xnnpack", marks=pytest.mark.long)]
+)
 def test_the_demo_models_answers_are_eagers(backend, loaded):
     asked = answers.held_out_questions(12)
     assert answers.bundle_answers(loaded("demo", backend), asked) == answers.eager_answers(asked)

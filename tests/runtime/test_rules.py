@@ -40,7 +40,7 @@ def processors(**settings) -> LogitsProcessorList:
         {"no_repeat_ngram_size": 1},
         {"no_repeat_ngram_size": 2},
         {"no_repeat_ngram_size": 3},
-        {"bad_words_ids": [[5], [1, 4], [7, 8, 9], [4, 4]]},
+        {"bad_words_ids": [[5], [1, 4], [7, 8, 9], [4, 4], [2], [4, 3, 4]]},
         {"min_length": 6},
         {"min_new_tokens": 2},
         {"forced_bos_token_id": 7},

@@ -157,20 +157,24 @@ def attention(model: PreTrainedModel, attend: Callable | str | None) -> Iterator
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionFacts:
-    """How a model's layers call their attention: in order of the calls, and what stands against fusing them."""
+    """How a model's layers call their attention: in order of the calls, the `(heads, width)` of their keys and values
+    there, and what stands against fusing them."""
 
     layers: tuple[int, ...]
+    states: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     obstacle: str | None
 
 
 def observe_attention(model: PreTrainedModel, run: Callable[[], Any]) -> AttentionFacts:
     """Run `run` with `model`'s attention watched: which layers call it, and if GroupQueryAttention can stand in."""
     layers: list[int] = []
+    states: list[tuple[tuple[int, int], tuple[int, int]]] = []
     obstacles: list[str] = []
     eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(module: torch.nn.Module, query, key, value, attention_mask, **kwargs):
         layers.append(getattr(module, "layer_idx", -1))
+        states.append(((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])))
         unknown = sorted(n for n, v in kwargs.items() if v is not None and n not in _IGNORED | _KNOWN)
         if unknown:
             obstacles.append(f"attention arguments {unknown}")
@@ -183,7 +187,8 @@ def observe_attention(model: PreTrainedModel, run: Callable[[], Any]) -> Attenti
 
     with attention(model, attend), torch.no_grad():
         run()
-    return AttentionFacts(layers=tuple(layers), obstacle=obstacles[0] if obstacles else None)
+    obstacle = obstacles[0] if obstacles else None
+    return AttentionFacts(layers=tuple(layers), states=tuple(states), obstacle=obstacle)
 
 
 def _is_causal(mask: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ class Encoder(torch.nn.Module):
     def __init__(self, encoder: torch.nn.Module, constants: dict[str, Any]):
         super().__init__()
         self.encoder, self.constants = encoder, constants
-        self.config = encoder.config
+        self.config = getattr(encoder, "config", None)
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """`encoder_last_hidden_state` `[batch, source, width]`, and what else it returns."""
@@ -194,11 +194,9 @@ def _decoder(
     with torch.no_grad():
         fields = encoder.module(**encoder.sample)
     for key, tensor in fields.items():
-        named = {axis: name for axis, name in encoder.axes.get(key, {}).items()}
-        shape = [
-            {"batch": _BATCH, "source": _SOURCE}.get(named.get(axis, ""), size)
-            for axis, size in enumerate(tensor.shape)
-        ]
+        named = dict(encoder.axes.get(key, {}))
+        free = {axis: {"batch": _BATCH, "source": _SOURCE}.get(name, 0) for axis, name in named.items()}
+        shape: list[int] = [free.get(axis) or size for axis, size in enumerate(tensor.shape)]
         sample[key], axes[key] = torch.zeros(shape), named
         sources[key] = Source(kind="state", name=key)
     source_length = sample["encoder_last_hidden_state"].shape[1]

@@ -10,7 +10,7 @@ from genbundle.builder.components import Component, name_axes, needed_inputs
 from genbundle.builder.encoders import Features, candidate_features, encoder_component, frame_by_frame
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.plan import Capture, Plan
-from genbundle.builder.programs import can_fuse_prompt, step_component
+from genbundle.builder.programs import can_fuse_prompt, growing, step_component
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
 
@@ -184,7 +184,7 @@ def _prompt_component(
     for index, layer in enumerate(plan.layers):
         for kind, shape in layer.shapes():
             states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", **({2: "sequence"} if None in shape else {})}
+            axes[f"present_{index}_{kind}"] = {0: "batch", **growing(shape, "sequence")}
     axes["logits"] = {0: "batch"}
     return Component(
         name="prompt",

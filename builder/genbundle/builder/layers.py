@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -20,7 +21,7 @@ from genbundle.bundles import UnsupportedModelError
 
 Tensors = Mapping[str, torch.Tensor]
 GROWING = ("key", "value")
-_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
 
@@ -28,12 +29,14 @@ _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAt
 class Layer:
     """What one layer keeps of a sequence.
 
-    attention: `(heads, width)` of its keys and of its values, for every token; None without attention. states: tensors
+    attention: `(heads, width)` of its keys and of its values, for every token; None without attention. index: the width
+    of the keys by which sparse attention picks tokens, one for every token. states: tensors
     of a fixed size, by kind and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many
     of each the layer has room for.
     """
 
     attention: tuple[tuple[int, int], tuple[int, int]] | None = None
+    index: int | None = None
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
     numbers: int = 0
 
@@ -46,6 +49,8 @@ class Layer:
         """The names of what it keeps and their shapes behind the batch; None for the axis that grows."""
         for kind, (heads, width) in zip(GROWING, self.attention or (), strict=False):
             yield kind, (heads, None, width)
+        if self.index is not None:
+            yield "index", (None, self.index)
         yield from self.states.items()
 
 
@@ -60,6 +65,9 @@ def _describe(layer: Any, name: str) -> Layer:
     kind = type(layer)
     if kind is DummyLayer:
         return Layer()
+    indexer = getattr(layer, "indexer_keys", None)
+    if getattr(layer, "indexer_position_ids", None) is not None:
+        raise UnsupportedModelError(f"{name} keeps positions of its index, which can't be carried yet")
     if kind not in (*_ATTENTION, *_BOTH, LinearAttentionLayer):
         raise UnsupportedModelError(f"{name} keeps a {kind.__name__}, which can't be carried yet")
     attention = None
@@ -73,7 +81,8 @@ def _describe(layer: Any, name: str) -> Layer:
         for number, tensor in getattr(layer, f"{group}_states", {}).items():
             if tensor is not None:
                 states[f"{group}_{number}"] = tuple(tensor.shape[1:])
-    return Layer(attention=attention, states=states, numbers=getattr(layer, "number_of_states", 0))
+    index = None if indexer is None else indexer.shape[2]
+    return Layer(attention=attention, index=index, states=states, numbers=getattr(layer, "number_of_states", 0))
 
 
 class LinearState(LinearAttentionLayer):
@@ -130,6 +139,20 @@ class LinearAndPast(LinearState, PastLayer):
         """Nothing to do: it has what it begins with."""
 
 
+class IndexedPast(PastLayer):
+    """A growing layer with an index `[batch, length, width]` beside its keys."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor):
+        super().__init__(keys, values)
+        self.indexer_keys, self.is_indexer_initialized = index, True
+        self.indexer_position_ids = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """The index with the new tokens' keys appended."""
+        self.indexer_keys = torch.cat([self.indexer_keys, indexer_key_states], dim=1)
+        return self.indexer_keys
+
+
 def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused: bool) -> Any:
     """A cache layer that begins with the tensors `given` (by the names of `layer.shapes()`), or empty.
 
@@ -144,6 +167,9 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
         keys, values = (item.to(torch.get_default_dtype()) for item in made)
     else:
         keys, values = (given[kind] for kind in GROWING)
+    if layer.index is not None:
+        index = like.new_zeros(like.shape[0], 0, layer.index) if given is None else given["index"]
+        return IndexedPast(keys, values, index)
     if layer.states:
         return LinearAndPast(layer, given, keys, values)
     return FusedLayer(keys, values) if fused else PastLayer(keys, values)
@@ -154,6 +180,8 @@ def kept(cache_layer: Any) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     if isinstance(cache_layer, PastLayer):
         found |= zip(GROWING, cache_layer.present(), strict=True)
+    if isinstance(cache_layer, IndexedPast):
+        found["index"] = cache_layer.indexer_keys
     if isinstance(cache_layer, LinearState):
         found |= cache_layer.states()
     return found

@@ -22,6 +22,14 @@ from genbundle.bundles import UnsupportedModelError
 _FLAGS = {"use_cache", "past_key_values", "return_dict"}
 
 
+class _Unread(BaseModelOutputWithPast):
+    """A language model's output of which only the hidden state is read on; models hand other fields through."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class Merge(torch.nn.Module):
     """`model`'s forward up to its language model: the tensors that it is called with, by their path.
 
@@ -51,7 +59,7 @@ class Merge(torch.nn.Module):
             if args:
                 raise UnsupportedModelError(f"{type(self.model).__name__} calls its language model by position")
             recorded.update(kwargs)
-            return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])
+            return _Unread(last_hidden_state=kwargs["inputs_embeds"])
 
         # The plain additive mask, where the model makes its mask outside its language model.
         with attention(language_model, "eager"), forward_of(language_model, record):

@@ -1,6 +1,7 @@
 """Which programs a model becomes on the explicit-state backends: text decoders here, image-text in image_text.py."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,7 +63,7 @@ def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture
     for index, layer in enumerate(plan.layers):
         for kind, shape in layer.shapes():
             states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", **({2: "sequence"} if None in shape else {})}
+            axes[f"present_{index}_{kind}"] = {0: "batch", **growing(shape, "sequence")}
     return Component(
         name="prompt",
         roles=("merge", "language_model", "lm_head"),
@@ -102,8 +103,17 @@ def _fusible(model: PreTrainedModel, plan: Plan, calls: list[dict]) -> bool:
         return False
     for kwargs in calls:
         # A cache and encoder outputs are written to by the forward.
-        facts = observe_attention(language_model, lambda kwargs=kwargs: model(**copy.deepcopy(kwargs)))
+        try:
+            facts = observe_attention(language_model, lambda kwargs=kwargs: model(**copy.deepcopy(kwargs)))
+        except KeyError:  # a registry of the model's own, which doesn't know ours
+            return False
         if facts.obstacle is not None or sorted(facts.layers) != list(range(len(plan.layers))):
+            return False
+        # The operator appends to the cache what attention gets: a model may keep something else and unfold it.
+        if any(
+            plan.layers[i].index is not None or plan.layers[i].attention != state
+            for i, state in zip(facts.layers, facts.states, strict=True)
+        ):
             return False
     return True
 
@@ -129,6 +139,11 @@ def text_sample(call: Call, *, new: int, past: int) -> tuple[dict, dict]:
     return sample, axes
 
 
+def growing(shape: Sequence[int | None], symbol: str) -> dict[int, str]:
+    """The axis of a state that grows, called `symbol`; empty for one of a fixed size. `shape` is behind the batch."""
+    return {shape.index(None) + 1: symbol} if None in shape else {}
+
+
 def with_past(component: Component, plan: Plan) -> Component:
     """`component` with the plan's state as inputs and outputs."""
     sample, sources, states = dict(component.sample), dict(component.sources), dict(component.states)
@@ -136,10 +151,9 @@ def with_past(component: Component, plan: Plan) -> Component:
     for index, layer in enumerate(plan.layers):
         for kind, shape in layer.shapes():
             past, present = f"past_{index}_{kind}", f"present_{index}_{kind}"
-            grows = None in shape
             sample[past] = torch.zeros(_BATCH, *(_PAST if size is None else size for size in shape))
-            axes[past] = {0: "batch", **({2: "past"} if grows else {})}
-            axes[present] = {0: "batch", **({2: "total"} if grows else {})}
+            axes[past] = {0: "batch", **growing(shape, "past")}
+            axes[present] = {0: "batch", **growing(shape, "total")}
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
             states[present] = f"{index}.{kind}"
     return replace(component, sample=sample, axes=axes, sources=sources, states=states)

@@ -39,9 +39,10 @@ def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) ->
             )
         tensors = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
         ids = tensors.get("input_ids")
-        if ids is None or ids.dim() != 2:
+        if not tensors or (ids is not None and ids.dim() != 2):
             raise BuildError("inputs: expected generate kwargs with input_ids [batch, length]")
-        tensors.setdefault("attention_mask", torch.ones_like(ids))
+        if ids is not None:
+            tensors.setdefault("attention_mask", torch.ones_like(ids))
         result.append(tensors)
     return result
 
@@ -166,6 +167,10 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
             held_out["prompt past the window"] = maker.text(window + _PAST_WINDOW)
         return Samples(capture=capture, held_out=held_out)
     first, last = given[0], given[-1]
+    if "input_ids" not in first:
+        if not model.config.is_encoder_decoder:
+            raise BuildError("inputs: expected generate kwargs with input_ids [batch, length]")
+        return _encoder_samples(maker, first, last)
     single = first["input_ids"].shape[0] == 1
     if not single and len(first) > 2:
         raise BuildError(
@@ -186,11 +191,26 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
     if both is not None and _generates(model, both):
         held_out["two pictures"] = both
     if single:
+        # Content of another size can't always share a batch.
+        alike = all(first[name].shape[1:] == tensor.shape[1:] or tensor.dim() < 3 for name, tensor in last.items())
+        third = last if alike else first
         rows = [
-            maker.other_content(maker.longer(sample, extra)) for sample, extra in ((last, 2), (first, 9), (first, 1))
+            maker.other_content(maker.longer(sample, extra)) for sample, extra in ((third, 2), (first, 9), (first, 1))
         ]
         held_out["padded batch"] = left_padded(rows, pad)
     return Samples(capture=capture, held_out=held_out)
+
+
+def _encoder_samples(maker: SampleMaker, first: Inputs, last: Inputs) -> Samples:
+    """Samples for an encoder-decoder whose input isn't tokens: other content, and batches of it."""
+    others = [maker.other_content(first) for _ in range(3)]
+    batch = {name: torch.cat([tensor, others[0][name]]) for name, tensor in first.items()}
+    held_out = {
+        "as given": first,
+        "other content": maker.other_content(last),
+        "batch": {name: torch.cat([tensor, others[1][name], others[2][name]]) for name, tensor in first.items()},
+    }
+    return Samples(capture=[batch, last], held_out=held_out)
 
 
 def smallest_window(model: PreTrainedModel) -> int | None:

@@ -1,26 +1,15 @@
 """What a generation config forbids or forces at a step, equal to transformers' logits processors of these names."""
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 
-
-class Ruled(Protocol):
-    """The options that the rules read; `GenerationOptions` has them."""
-
-    eos_token_ids: tuple[int, ...]
-    min_new_tokens: int
-    min_length: int
-    no_repeat_ngram_size: int
-    bad_words_ids: tuple[tuple[int, ...], ...]
-    forced_bos_token_id: int | None
-    forced_eos_token_ids: tuple[int, ...]
-    suppress_tokens: tuple[int, ...]
-    begin_suppress_tokens: tuple[int, ...]
+from genbundle.runtime.sampling import GenerationOptions
 
 
-def apply_rules(row: np.ndarray, options: Ruled, ids: np.ndarray, *, prompt_length: int, limit: int) -> np.ndarray:
+def apply_rules(
+    row: np.ndarray, options: GenerationOptions, ids: np.ndarray, *, prompt_length: int, limit: int
+) -> np.ndarray:
     """`row` (logits `[vocabulary]` float32) with forbidden tokens at -inf; a forced one is the only one left.
 
     Args:
@@ -36,7 +25,9 @@ def apply_rules(row: np.ndarray, options: Ruled, ids: np.ndarray, *, prompt_leng
         forbidden |= repeating(ids, options.no_repeat_ngram_size)
     for words in options.bad_words_ids:
         before = len(words) - 1
-        if not before or (length > before and tuple(ids[length - before :].tolist()) == words[:-1]):
+        if not before and words[0] in options.eos_token_ids:
+            continue  # transformers lets a sequence end whatever the bad words are
+        if not before or (length >= before and tuple(ids[length - before :].tolist()) == words[:-1]):
             forbidden.add(words[-1])
     fewest = max(options.min_length, prompt_length + options.min_new_tokens if options.min_new_tokens else 0)
     if length < fewest:

@@ -25,7 +25,8 @@ def _add_before(graph: ir.Graph, split: ir.Node, packed: ir.Value) -> bool:
     if packed.shape is None or packed.dtype is None or axis not in (-1, len(packed.shape) - 1):
         return False
     biases = {part: found for part in split.outputs if (found := _bias_of(part)) is not None}
-    widths = [part.shape[-1] for part in split.outputs if part.shape is not None and isinstance(part.shape[-1], int)]
+    last = [None if part.shape is None else part.shape[-1] for part in split.outputs]
+    widths: list[int] = [width for width in last if isinstance(width, int)]
     if not biases or len(widths) != len(split.outputs):
         return False
     rows = [

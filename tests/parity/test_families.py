@@ -1,0 +1,61 @@
+"""A few classes for each kind of generation state, against `model.generate`; the whole sweep is `make coverage`."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.zoo import shrink
+
+# Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders.
+CASES = [
+    ("Lfm2ForCausalLM", "cpu"),
+    ("Lfm2ForCausalLM", "torch"),
+    ("MambaForCausalLM", "torch"),
+    ("DeepseekV32ForCausalLM", "torch"),
+    ("MarianMTModel", "cpu"),
+    ("T5ForConditionalGeneration", "torch"),
+    ("Speech2TextForConditionalGeneration", "torch"),
+]
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_the_same_sequences_as_eager(name, backend, loaded):
+    model, bundle = shrink.make(name), loaded(name, backend)
+    for inputs in shrink.variants(name, model)["check"]:
+        with torch.no_grad():
+            expected = model.generate(**inputs, max_new_tokens=12, do_sample=False).numpy()
+        arrays = {key: value.numpy() for key, value in inputs.items()}
+        np.testing.assert_array_equal(bundle.generate(**arrays, max_new_tokens=12, do_sample=False).sequences, expected)
+
+
+def test_an_encoder_decoder_goes_on_from_given_tokens(loaded):
+    name = "T5ForConditionalGeneration"
+    model, bundle = shrink.make(name), loaded(name, "torch")
+    inputs = shrink.variants(name, model)["check"][0]
+    start = torch.full((len(inputs["input_ids"]), 1), bundle.bundle.manifest.generation.decoder_start_token_id)
+    inputs = {**inputs, "decoder_input_ids": torch.cat([start, start + 7, start + 9], 1)}
+    with torch.no_grad():
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False).numpy()
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    np.testing.assert_array_equal(bundle.generate(**arrays, max_new_tokens=6, do_sample=False).sequences, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"forced_bos_token_id": 7, "forced_eos_token_id": 9},
+        {"suppress_tokens": [3, 4, 5], "begin_suppress_tokens": [11], "min_length": 5},
+        {"bad_words_ids": [[6], [8, 10]], "repetition_penalty": 1.3},
+    ],
+)
+def test_the_generation_configs_rules(options, loaded):
+    name = "T5ForConditionalGeneration"
+    model, bundle = shrink.make(name), loaded(name, "torch")
+    inputs = shrink.variants(name, model)["check"][0]
+    with torch.no_grad():
+        expected = model.generate(**inputs, **options, max_new_tokens=10, do_sample=False).numpy()
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    found = bundle.generate(**arrays, **options, max_new_tokens=10, do_sample=False).sequences
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,76 @@
+"""The results of tests.zoo.coverage as a page: a summary, then a row per class."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+_STATUSES = ("ok", "unsupported", "mismatch", "error", "timeout", "not eager")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The last result of each class and backend."""
+    if not path.exists():
+        return []
+    results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return list({(each["class"], each["backend"]): each for each in results}.values())
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The page in Markdown."""
+    backends = sorted({each["backend"] for each in results})
+    lines = [
+        "# Coverage",
+        "",
+        "Written by `python -m tests.zoo.coverage --report docs/coverage.md`: every generative class that transformers "
+        "maps, as a tiny random model. A class is covered where its bundle gives eager's sequences for inputs that it "
+        "wasn't built from: another prompt length, other content, a padded batch where eager takes one; 12 new tokens "
+        "each.",
+        "",
+        "| backend | covered | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for backend in backends:
+        counts = Counter(each["status"] for each in results if each["backend"] == backend)
+        eager = sum(counts.values()) - counts["not eager"]
+        share = f" ({100 * counts['ok'] / eager:.0f} %)" if eager else ""
+        cells = [f"{counts['ok']}{share}", str(eager), *(str(counts[status]) for status in _STATUSES[1:])]
+        lines.append(f"| {backend} | {' | '.join(cells)} |")
+    times = [
+        each["build_s"]
+        for each in results
+        if each["kind"] == "text" and each["backend"] == "cpu" and each["status"] == "ok"
+    ]
+    if times:
+        lines += ["", f"Median build time of the covered text classes on cpu: {statistics.median(times):.1f} s."]
+    lines += ["", f"| class | kind | {' | '.join(backends)} | why not |", f"|---|---|{'---|' * len(backends)}---|"]
+    by_class: dict[str, dict[str, dict[str, Any]]] = {}
+    for each in results:
+        by_class.setdefault(each["class"], {})[each["backend"]] = each
+    for name in sorted(by_class, key=str.lower):
+        found = by_class[name]
+        statuses = [found[backend]["status"] if backend in found else "" for backend in backends]
+        kind = next(iter(found.values()))["kind"]
+        lines.append(f"| {name} | {kind} | {' | '.join(statuses)} | {_causes(found, backends)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _causes(found: dict[str, dict[str, Any]], backends: list[str]) -> str:
+    """The causes as one cell, a cause that several backends share once."""
+    causes: dict[str, list[str]] = {}
+    for backend in backends:
+        if backend in found and found[backend]["cause"]:
+            causes.setdefault(_clean(found[backend]["cause"]), []).append(backend)
+    if len(causes) == 1 and len(next(iter(causes.values()))) == len(found):
+        return next(iter(causes))
+    return "; ".join(f"{', '.join(which)}: {cause}" for cause, which in causes.items())
+
+
+def _clean(cause: str) -> str:
+    """A cause for a table's cell: no paths of the machine it came from, no addresses, no column marks."""
+    cause = re.sub(r"(?:/[\w.…+-]+){2,}/([\w.+-]+)", r"…/\1", cause)
+    cause = re.sub(r"0x[0-9a-f]{6,}", "0x…", cause)
+    cause = cause.replace("|", "\\|").replace("<", "&lt;")
+    return cause if len(cause) <= 200 else cause[:199] + "…"
