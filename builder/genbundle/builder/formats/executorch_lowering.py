@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config import (
+    ALL_PARTITIONER_CONFIGS,
+    gemm_configs,
+    generic_node_configs,
+    node_configs,
+    xnnpack_config,
+)
 from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.backend.utils import is_same_node
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
@@ -61,6 +69,7 @@ def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         program.write_to_file(file)
+    _release(edge)
 
 
 def _export(name: str, method: Any) -> torch.export.ExportedProgram:
@@ -94,6 +103,24 @@ def _uncopied(programs: Iterable[torch.export.ExportedProgram]) -> Iterator[None
     finally:
         for weight in weights.values():
             del weight.__deepcopy__
+
+
+def _release(edge: EdgeProgramManager) -> None:
+    """Free what lowering made, once it is in the file; else the weights would stay in memory, and their bytes besides.
+
+    Two kinds of caches keep their contents until the process ends. PyTorch's (of fake tensors and symbolic shapes) hold
+    lowered parts, which are emptied here. ExecuTorch's hold nodes, each with its graph: all that it ever compared
+    (https://github.com/pytorch/executorch/pull/148), and the last that each file of configurations refused.
+    """
+    for name in edge.methods:
+        for part in edge.exported_program(name).graph_module.modules():
+            if isinstance(part, LoweredBackendModule):
+                part.original_module.state_dict.clear()
+                if part.named_data_store_output is not None:
+                    part.named_data_store_output.buffers.clear()
+    is_same_node.cache_clear()
+    for module in (gemm_configs, generic_node_configs, node_configs, xnnpack_config):
+        module.why.node = None
 
 
 def _first_line(error: Exception) -> str:
