@@ -53,7 +53,7 @@ def test_summary(bundle):
     path, verified = cli_module.lines(bundle("llama"))[:2]
     assert re.search(r"llama-cpu\.bundle  \d+\.\d kB, cpu fp32, programs: decode$", path)
     assert verified.startswith(
-        "verified on cpu against the original model: same tokens for short prompt, longer prompt, "
+        "verified on cpu against the original model: same tokens for one token, short prompt, longer prompt, "
     )
 
 

@@ -73,15 +73,15 @@ def test_directory_without_a_model(tmp_path):
 
 
 def test_unexplained_input_is_named(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="Mystery: the decoder's input 'mystery' has no explanation"):
+    with pytest.raises(UnsupportedModelError, match="Mystery: the decoder's step input 'mystery' has no explanation"):
         build_bundle(tiny_llama(Mystery), output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_option_that_is_not_replayed(tmp_path):
     model = tiny_llama()
-    model.generation_config.no_repeat_ngram_size = 2
-    with pytest.raises(UnsupportedModelError, match="no_repeat_ngram_size"):
+    model.generation_config.num_beams = 2
+    with pytest.raises(UnsupportedModelError, match="num_beams=2, which the runtime doesn't replay"):
         build_bundle(model, output=tmp_path / "b", progress=False)
 
 
@@ -105,7 +105,7 @@ def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch):
         return case
 
     monkeypatch.setattr(build_module, "record", tampered)
-    with pytest.raises(VerificationError, match=r"short prompt: step 11 of sequence 0 gives token \d+, eager gave \d+"):
+    with pytest.raises(VerificationError, match=r"one token: step 11 of sequence 0 gives token \d+, eager gave \d+"):
         build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
 
