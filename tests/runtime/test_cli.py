@@ -226,10 +226,15 @@ def test_verify(bundle, genbundle):
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith("OK  4 files have the manifest's sha256")
-    assert [line[4:17].strip() for line in lines[1:-1]] == ["short prompt", "longer prompt", "padded batch"]
+    assert [line[4:17].strip() for line in lines[1:-1]] == [
+        "one token",
+        "short prompt",
+        "longer prompt",
+        "padded batch",
+    ]
     assert all("largest logit difference" in line for line in lines[1:-1])
     report = json.loads(genbundle("verify", path, "--json")[1])
-    assert report["ok"] and len(report["cases"]) == 3
+    assert report["ok"] and len(report["cases"]) == 4
 
 
 @pytest.mark.slow
