@@ -28,21 +28,18 @@ def eager_answers(asked: Asked) -> list[str]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from genbundle.builder.demo.train import as_prompt
+
     processor: Any = AutoProcessor.from_pretrained(MODEL)
     model = AutoModelForImageTextToText.from_pretrained(MODEL).eval()
     answers = []
     for picture, question, _ in asked:
-        inputs = processor(text=_rendered(processor, question), images=[picture], return_tensors="pt")
+        inputs = processor(text=as_prompt(processor, question), images=[picture], return_tensors="pt")
         with torch.no_grad():
             output = model.generate(**inputs, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
         answers.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
     return answers
-
-
-def _rendered(processor: Any, question: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def bundle_answers(model: Model, asked: Asked) -> list[str]:

@@ -78,12 +78,8 @@ def eager(folder: str) -> Turn:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(THREADS)
-    model, token, past = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        torch.tensor([[7]]),
-        None,
-    )
-    seconds = 0.0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    token, past, seconds = torch.tensor([[7]]), None, 0.0
     while True:
         context = yield seconds
         started = time.perf_counter()

@@ -253,6 +253,14 @@ def token_ids(config: PreTrainedConfig) -> set[int]:
     return found
 
 
+def output_head(model: Any) -> torch.nn.Module | None:
+    """The module that gives logits, None for a model (or None) that names none."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def spread_weights(model: PreTrainedModel, seed: int) -> None:
     """Scale the random weights so that activations keep their size and logits spread over several units."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -262,10 +270,7 @@ def spread_weights(model: PreTrainedModel, seed: int) -> None:
         if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d)
     }
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = output_head(model)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all() or (parameter.abs() > 1e4).any():
             parameter.normal_(0, 0.1, generator=generator)  # left uninitialised by the class
@@ -297,10 +302,7 @@ def spread_weights(model: PreTrainedModel, seed: int) -> None:
 def rescale(model: PreTrainedModel, *, embeddings: float, layers: float) -> None:
     """Multiply token embeddings that the head shares, and every linear layer but the head."""
     shared = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    try:
-        head = getattr(model.get_output_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = getattr(output_head(model), "weight", None)
     if head is not None and id(head) in shared:
         head.mul_(embeddings)
     for module in model.modules():

@@ -108,12 +108,8 @@ def _prepare_generation(model: hf.PreTrainedModel) -> None:
 
 def silence_tokens(model: hf.PreTrainedModel, tokens: set[int]) -> None:
     """Zero the head's rows of `tokens`."""
-    head = None
-    for owner in (model, getattr(model, "text_decoder", None), getattr(model, "decoder", None)):
-        try:
-            head = head or owner.get_output_embeddings()
-        except (AttributeError, NotImplementedError):
-            continue
+    owners = (model, getattr(model, "text_decoder", None), getattr(model, "decoder", None))
+    head = next((found for owner in owners if (found := config_rules.output_head(owner)) is not None), None)
     weight = getattr(head, "weight", None)
     if weight is None or weight.dim() != 2:
         return

@@ -66,7 +66,7 @@ class FusedLayer(PastLayer):
         return self.updated
 
 
-def make_cache(model: PreTrainedModel, layers: list[Any]) -> DynamicCache:
+def make_cache(layers: list[Any]) -> DynamicCache:
     """A cache over `layers`; sliding-window layers keep their whole past, the model's mask does the windowing."""
     cache: Any = DynamicCache()
     cache.layers = list(layers)

@@ -186,8 +186,7 @@ def _explicit(
             text_alone=generates_from_text_alone(model),
         )
     else:
-        plan = make_plan(model, captures)
-        components, flow = text_components(model, plan, captures, fuse=fuse, capacity=capacity)
+        components, flow = text_components(model, make_plan(model, captures), captures, fuse=fuse, capacity=capacity)
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 
@@ -243,14 +242,12 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
         simpler = without_optional_programs(manifest, error)
         if simpler is None:
             raise
+        for file in {program.file for program in manifest.programs} - {program.file for program in simpler.programs}:
+            (writer.path / file).unlink()
+            (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
         manifest = simpler
         runtime = load_bundle(writer.stage(manifest), device=device)
         checks = tuple(replay(runtime, case) for case in cases)
-    kept = {program.file for program in manifest.programs}
-    for file in writer.path.iterdir():
-        if file.suffix in (".onnx", ".pt2") and file.name not in kept:
-            file.unlink()
-            (writer.path / f"{file.stem}.weights.json").unlink(missing_ok=True)
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
     pending = None
     if manifest.backend == "cuda":

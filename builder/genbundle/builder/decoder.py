@@ -47,7 +47,7 @@ class Decoder(torch.nn.Module):
         for index, layer in enumerate(self.layers):
             given = {name: inputs.pop(f"past_{index}_{name}") for name, _ in layer.shapes() if not self.begins}
             past.append(open_layer(layer, None if self.begins else given, like, fused=self.fused))
-        cache = make_cache(self.model, past)
+        cache = make_cache(past)
         attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model_of(self.model), attend):
             logits = self.call(inputs, cache)

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
+from genbundle.builder.attention import make_cache
 from genbundle.builder.components import Component, name_axes
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
-from genbundle.builder.plan import Capture
+from genbundle.builder.plan import Call, Capture, Phase, constant_arguments
+from genbundle.builder.programs import BATCH, NEW, PAST, with_past, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS
 
-# Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
-_BATCH, _NEW, _PAST, _SOURCE = 2, 3, 5, 7
+_SOURCE = 7  # another size than those of programs.py
 _OF_THE_DECODER = ("decoder_input_ids", "encoder_outputs", "use_cache", "return_dict")
 
 
@@ -56,12 +57,7 @@ class CrossDecoder(torch.nn.Module):
         like = inputs["decoder_input_ids"].to(torch.get_default_dtype())
         own = [self._open("past", index, layer, inputs, like) for index, layer in enumerate(self.layers)]
         cross = [self._open("cross", index, layer, inputs, like) for index, layer in enumerate(self.cross)]
-        caches = []
-        for made in (own, cross):
-            cache: Any = DynamicCache()
-            cache.layers = made
-            caches.append(cache)
-        cache = EncoderDecoderCache(*caches)
+        cache = EncoderDecoderCache(make_cache(own), make_cache(cross))
         cache.is_updated = {index: not self.begins for index in range(len(cross))}
         encoder_outputs = self.output_type(**{key.removeprefix("encoder_"): value for key, value in fields.items()})
         logits = self.model(
@@ -94,12 +90,12 @@ def encoder_decoder_components(
     cross = describe_layers(cache.cross_attention_cache, f"{name}: cross-attention")
     if not all(layer.plain for layer in (*layers, *cross)):
         raise UnsupportedModelError(f"{name}: its decoder keeps more than keys and values, which can't be carried yet")
-    encoder = _encoder(model, captures)
-    outputs = [item.prompt["encoder_outputs"] for item in captures]
-    begin, step = (_call(name, captures, phase) for phase in ("prompt", "step"))
-    prompt = _decoder(model, layers, cross, encoder, type(outputs[0]), begin, begins=True)
-    decode = _decoder(model, layers, cross, encoder, type(outputs[0]), step, begins=False)
-    needs = {source.name for source in (*encoder.sources.values(), *begin[1].values()) if source.kind == "user"}
+    encoder, fields = _encoder(model, captures)
+    output_type = type(captures[0].prompt["encoder_outputs"])
+    begin, step = _call(name, captures, "prompt"), _call(name, captures, "step")
+    prompt = _decoder(model, layers, cross, encoder, fields, output_type, begin, begins=True)
+    decode = _decoder(model, layers, cross, encoder, fields, output_type, step, begins=False)
+    needs = {source.name for source in (*encoder.sources.values(), *begin.sources.values()) if source.kind == "user"}
     route = Route(programs=("encoder", "prompt"), needs=tuple(sorted(filter(None, needs - set(TEXT_INPUTS)))))
     return [encoder, prompt, decode], Flow(prompt=(route,), step=("decode",), continues=True, capacity=capacity)
 
@@ -108,20 +104,12 @@ def _fields(output: Any) -> dict[str, torch.Tensor]:
     return {f"encoder_{name}": value for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 
-def _encoder(model: PreTrainedModel, captures: list[Capture]) -> Component:
+def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component, dict[str, torch.Tensor]]:
+    """The program `encoder`, and what it gives for its sample."""
     encoder: Any = model.get_encoder()
     calls = [item.encoder or {} for item in captures]
-    constants, samples = {}, []
-    for key in {key: None for call in calls for key in call}:
-        values = [call.get(key) for call in calls]
-        if any(isinstance(value, torch.Tensor) for value in values):
-            continue
-        if any(value != values[0] for value in values):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: the encoder's {key!r} differs between runs, unexplained"
-            )
-        if values[0] is not None:
-            constants[key] = values[0]
+    constants = constant_arguments(calls, f"{type(model).__name__}: the encoder's", ())
+    samples = []
     sources: dict[str, Source] = {}
     for item, call in zip(captures, calls, strict=True):
         sample = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
@@ -138,7 +126,7 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> Component:
         results = [module(**sample) for sample in samples]
     sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
     known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
-    return Component(
+    component = Component(
         name="encoder",
         roles=("encoder",),
         module=module,
@@ -147,24 +135,18 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> Component:
         sources=sources,
         states={key: key for key in results[0]},
     )
+    return component, results[0]
 
 
-Call = tuple[dict[str, Any], dict[str, Source]]  # constants, sources
-
-
-def _call(name: str, captures: list[Capture], phase: Any) -> Call:
+def _call(name: str, captures: list[Capture], phase: Phase) -> Call:
     """The decoder's arguments in that phase: constants, and where each tensor comes from."""
-    constants: dict[str, Any] = {}
+    calls = [getattr(item, phase) for item in captures]
+    caches = {key for call in calls for key, value in call.items() if isinstance(value, Cache)}
+    constants = constant_arguments(calls, f"{name}: the decoder's", {*_OF_THE_DECODER, *caches})
     sources: dict[str, Source] = {"decoder_input_ids": Source(kind="tokens")}
-    for argument in {key: None for item in captures for key in getattr(item, phase)}:
-        values = [getattr(item, phase).get(argument) for item in captures]
-        if argument in _OF_THE_DECODER or any(isinstance(value, Cache) for value in values):
-            continue
-        if not any(isinstance(value, torch.Tensor) for value in values):
-            if any(value != values[0] for value in values):
-                raise UnsupportedModelError(f"{name}: the decoder's {argument!r} differs between runs, unexplained")
-            if values[0] is not None:
-                constants[argument] = values[0]
+    for argument in {key: None for call in calls for key in call}:
+        values = [call.get(argument) for call in calls]
+        if argument in _OF_THE_DECODER or not any(isinstance(value, torch.Tensor) for value in values):
             continue
         if all(_same(item.inputs.get(argument), value) for item, value in zip(captures, values, strict=True)):
             sources[argument] = Source(kind="user", name=argument)
@@ -172,7 +154,7 @@ def _call(name: str, captures: list[Capture], phase: Any) -> Call:
             sources[argument] = Source(kind="mask")
         else:
             raise UnsupportedModelError(f"{name}: the decoder's {phase} input {argument!r} has no explanation")
-    return constants, sources
+    return Call(sources=sources, constants=constants)
 
 
 def _same(given: Any, value: Any) -> bool:
@@ -180,59 +162,44 @@ def _same(given: Any, value: Any) -> bool:
 
 
 def _decoder(
-    model: PreTrainedModel, layers: Sequence[Layer], cross: Sequence[Layer], encoder: Component, output_type: type,
-    call: Call, *, begins: bool,
+    model: PreTrainedModel, layers: Sequence[Layer], cross: Sequence[Layer], encoder: Component,
+    fields: dict[str, torch.Tensor], output_type: type, call: Call, *, begins: bool,
 ) -> Component:  # fmt: skip
-    constants, sources = call[0], dict(call[1])
-    past = 0 if begins else _PAST
-    tokens = torch.ones(_BATCH, _NEW, dtype=torch.long)
-    sample: dict[str, torch.Tensor] = {"decoder_input_ids": tokens}
-    axes: dict[str, dict[int, str]] = {
-        "decoder_input_ids": {0: "batch", 1: "sequence"},
-        "logits": {0: "batch"},
-    }
-    with torch.no_grad():
-        fields = encoder.module(**encoder.sample)
+    """The decoder's first call, or its step; `fields` is what the encoder gave for its sample."""
+    sources = dict(call.sources)
+    sample: dict[str, torch.Tensor] = {"decoder_input_ids": torch.ones(BATCH, NEW, dtype=torch.long)}
+    axes: dict[str, dict[int, str]] = {"decoder_input_ids": {0: "batch", 1: "sequence"}, "logits": {0: "batch"}}
     for key, tensor in fields.items():
-        named = dict(encoder.axes.get(key, {}))
-        free = {axis: {"batch": _BATCH, "source": _SOURCE}.get(name, 0) for axis, name in named.items()}
-        shape: list[int] = [free.get(axis) or size for axis, size in enumerate(tensor.shape)]
-        sample[key], axes[key] = torch.zeros(shape), named
+        axes[key] = dict(encoder.axes.get(key, {}))
+        sizes = {axis: {"batch": BATCH, "source": _SOURCE}.get(name, 0) for axis, name in axes[key].items()}
+        sample[key] = torch.zeros([sizes.get(axis) or size for axis, size in enumerate(tensor.shape)])
         sources[key] = Source(kind="state", name=key)
     source_length = sample["encoder_last_hidden_state"].shape[1]
-    for key, source in call[1].items():
+    varies = source_length == _SOURCE
+    for key, source in call.sources.items():
         if source.kind == "user":
-            sample[key] = torch.ones(_BATCH, source_length, dtype=torch.long)
-            axes[key] = {0: "batch", **({1: "source"} if source_length == _SOURCE else {})}
+            sample[key] = torch.ones(BATCH, source_length, dtype=torch.long)
+            axes[key] = {0: "batch", **({1: "source"} if varies else {})}
         elif source.kind == "mask":
-            sample[key], axes[key] = torch.ones(_BATCH, past + _NEW, dtype=torch.long), {0: "batch", 1: "total"}
-            axes[key][1] = "sequence" if begins else "total"
+            sample[key] = torch.ones(BATCH, NEW if begins else PAST + NEW, dtype=torch.long)
+            axes[key] = {0: "batch", 1: "sequence" if begins else "total"}
     states: dict[str, str] = {}
-    module = CrossDecoder(model, layers, cross, output_type, constants, begins=begins).eval()
-    for index, layer in enumerate(layers):
-        for kind, (heads, width) in zip(GROWING, layer.attention or (), strict=False):
-            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", 2: "sequence" if begins else "total"}
-            if not begins:
-                sample[f"past_{index}_{kind}"] = torch.zeros(_BATCH, heads, _PAST, width)
-                axes[f"past_{index}_{kind}"] = {0: "batch", 2: "past"}
-                sources[f"past_{index}_{kind}"] = Source(kind="state", name=f"{index}.{kind}")
-    long = {2: "source"} if source_length == _SOURCE else {}
     for index, layer in enumerate(cross):
         for kind, (heads, width) in zip(GROWING, layer.attention or (), strict=False):
             name = f"cross_{index}_{kind}"
-            axes[name] = {0: "batch", **long}
+            axes[name] = {0: "batch", **({2: "source"} if varies else {})}
             if begins:
                 states[name] = f"{index}.cross_{kind}"
             else:
-                sample[name] = torch.zeros(_BATCH, heads, source_length, width)
+                sample[name] = torch.zeros(BATCH, heads, source_length, width)
                 sources[name] = Source(kind="state", name=f"{index}.cross_{kind}")
-    return Component(
+    component = Component(
         name="prompt" if begins else "decode",
         roles=("merge", "language_model", "lm_head") if begins else ("merge", "language_model", "lm_head", "decode"),
-        module=module,
+        module=CrossDecoder(model, layers, cross, output_type, call.constants, begins=begins).eval(),
         sample=sample,
         axes=axes,
         sources=sources,
         states=states,
     )
+    return with_present(component, layers, "sequence") if begins else with_past(component, layers)

@@ -53,6 +53,7 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 
 def to_exported_program(module: Any, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
     """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
+    # A copy of the sample, here and below: upstream's preparation writes into the dict that it is given.
     return _dynamic(
         sample,
         axes,

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from genbundle.builder.components import Component, name_axes, needed_inputs
 from genbundle.builder.encoders import Features, candidate_features, encoder_component, frame_by_frame
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
-from genbundle.builder.plan import Capture, Plan
-from genbundle.builder.programs import can_fuse_prompt, growing, step_component
+from genbundle.builder.plan import Capture, Plan, constant_arguments
+from genbundle.builder.programs import can_fuse_prompt, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
 
@@ -33,7 +33,7 @@ def image_text_components(
         tuple(item.prompt["input_ids"].shape[0] for item in captures): "batch",
         tuple(item.prompt["input_ids"].shape[1] for item in captures): "sequence",
     }
-    constants = _constants(model, captures)
+    constants = constant_arguments([item.prompt for item in captures], f"{type(model).__name__}: the prompt's", _STATE)
     given = [_prompt_tensors(item, captures[0]) for item in captures]
     features = _features(model, outputs[0], given[0], constants)
     merge = Merge(model, MODALITY, features, type(outputs[0]), constants)
@@ -126,22 +126,6 @@ class _Probe(Merge):
         return copy.copy(self.encoder_output)
 
 
-def _constants(model: PreTrainedModel, captures: list[Capture]) -> dict[str, Any]:
-    """The prompt's arguments that are no tensors; UnsupportedModelError where they differ."""
-    constants = {}
-    for name in {key: None for item in captures for key in item.prompt}:
-        values = [item.prompt.get(name) for item in captures]
-        if name in _STATE or any(isinstance(value, torch.Tensor) for value in values):
-            continue
-        if any(value != values[0] for value in values):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: the prompt's {name!r} differs between runs, unexplained"
-            )
-        if values[0] is not None:
-            constants[name] = values[0]
-    return constants
-
-
 def _prompt_tensors(item: Capture, like: Capture) -> dict[str, torch.Tensor]:
     """The tensors of a captured prompt, with the mask that generate drops when it is all ones."""
     tensors = {
@@ -179,20 +163,13 @@ def _prompt_component(
         path: sources[handed_through[path]] if path in handed_through else Source(kind="output", name=f"merged_{path}")
         for path in recorded[0]
     }
-    axes = name_axes(recorded, sizes)
-    states, sample = {}, dict(recorded[0])
-    for index, layer in enumerate(plan.layers):
-        for kind, shape in layer.shapes():
-            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", **growing(shape, "sequence")}
-    axes["logits"] = {0: "batch"}
-    return Component(
+    prompt = Component(
         name="prompt",
         roles=("language_model", "lm_head"),
         module=Prompt(model, template, plan.layers, fused=fused).eval(),
-        sample=sample,
-        axes=axes,
+        sample=dict(recorded[0]),
+        axes={**name_axes(recorded, sizes), "logits": {0: "batch"}},
         sources=prompt_sources,
-        states=states,
         fusions=fused or not fuse,
     )
+    return with_present(prompt, plan.layers, "sequence")

@@ -30,9 +30,9 @@ class Layer:
     """What one layer keeps of a sequence.
 
     attention: `(heads, width)` of its keys and of its values, for every token; None without attention. index: the width
-    of the keys by which sparse attention picks tokens, one for every token. states: tensors
-    of a fixed size, by kind and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many
-    of each the layer has room for.
+    of the keys by which sparse attention picks tokens, one for every token. states: tensors of a fixed size, by kind
+    and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many of each the layer has
+    room for.
     """
 
     attention: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -103,7 +103,7 @@ class LinearState(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> torch.Tensor:
-        """Keep the last columns of what was kept and what is new; returns both together, at the beginning the new."""
+        """Keep the last columns of what was kept (zeros at the beginning) and what is new; returns both together."""
         kernel = self.conv_kernel_size[state_idx] or conv_kernel_size or conv_states.shape[-1]
         before = self.conv_states[state_idx] if self.has_previous_state[state_idx] else None
         # Zeros stand for what was before the beginning, whatever the length: no branch on it.
@@ -163,8 +163,7 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
     if layer.attention is None:
         return LinearState(layer, given)
     if given is None:
-        made = (like.new_zeros(like.shape[0], heads, 0, width) for heads, width in layer.attention)
-        keys, values = (item.to(torch.get_default_dtype()) for item in made)
+        keys, values = (like.new_zeros(like.shape[0], heads, 0, width) for heads, width in layer.attention)
     else:
         keys, values = (given[kind] for kind in GROWING)
     if layer.index is not None:

@@ -94,7 +94,7 @@ class Prompt(torch.nn.Module):
         embeds = inputs["inputs_embeds"]
         batch, length = embeds.shape[:2]
         layers = [open_layer(layer, None, embeds, fused=self.fused) for layer in self._layers]
-        cache = make_cache(self.model, layers)
+        cache = make_cache(layers)
         language_model = language_model_of(self.model)
         original = language_model.forward
         kwargs = replace_tensors(self._template, inputs)

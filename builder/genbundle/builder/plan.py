@@ -2,7 +2,7 @@
 stops. Nothing is guessed."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -137,6 +137,23 @@ def _explain(model: PreTrainedModel, captures: list[Capture], phase: Phase) -> C
         else:
             raise UnsupportedModelError(f"{name}: the decoder's {phase} input {argument!r} has no explanation")
     return Call(sources=sources, constants=constants, position_axes=position_axes)
+
+
+def constant_arguments(calls: Sequence[Mapping[str, Any]], whose: str, ignored: Collection[str]) -> dict[str, Any]:
+    """What every call is given alike and is no tensor, without None and the `ignored` names.
+
+    Raises UnsupportedModelError, beginning with `whose`, for an argument that differs.
+    """
+    constants = {}
+    for name in {key: None for call in calls for key in call}:
+        values = [call.get(name) for call in calls]
+        if name in ignored or any(isinstance(value, torch.Tensor) for value in values):
+            continue
+        if any(value != values[0] for value in values):
+            raise UnsupportedModelError(f"{whose} {name!r} differs between runs, unexplained")
+        if values[0] is not None:
+            constants[name] = values[0]
+    return constants
 
 
 def _expect_constant(name: str, argument: str, values: list[Any]) -> None:

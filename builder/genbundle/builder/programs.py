@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from genbundle.builder.attention import observe_attention
 from genbundle.builder.components import Component
 from genbundle.builder.decoder import Decoder, language_model_of
+from genbundle.builder.layers import Layer
 from genbundle.builder.plan import Call, Capture, Plan
 from genbundle.bundles.manifest import Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
-_BATCH, _NEW, _PAST, _PROMPT = 2, 3, 5, 9
+BATCH, NEW, PAST, _PROMPT = 2, 3, 5, 9
 
 
 def text_components(
@@ -42,7 +43,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
     module = Decoder(
         model, plan.layers, fused=fused, cache_argument=plan.cache_argument, constants=plan.step.constants
     ).eval()
-    sample, axes = text_sample(plan.step, new=_NEW if plan.continues else 1, past=_PAST)
+    sample, axes = text_sample(plan.step, new=NEW if plan.continues else 1, past=PAST)
     decode = Component(
         name="decode",
         roles=("merge", "language_model", "lm_head", "decode"),
@@ -51,7 +52,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         axes=axes,
         sources=plan.step.sources,
     )
-    return with_past(decode, plan)
+    return with_past(decode, plan.layers)
 
 
 def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
@@ -59,12 +60,7 @@ def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture
     assert plan.prompt is not None
     fused = fuse and can_fuse_prompt(model, plan, captures)
     sample, axes = text_sample(plan.prompt, new=_PROMPT, past=0)
-    states = {}
-    for index, layer in enumerate(plan.layers):
-        for kind, shape in layer.shapes():
-            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
-            axes[f"present_{index}_{kind}"] = {0: "batch", **growing(shape, "sequence")}
-    return Component(
+    prompt = Component(
         name="prompt",
         roles=("merge", "language_model", "lm_head"),
         module=Decoder(
@@ -78,10 +74,10 @@ def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture
         sample=sample,
         axes=axes,
         sources=plan.prompt.sources,
-        states=states,
         fusions=fused or not fuse,
         optional=True,
     )
+    return with_present(prompt, plan.layers, "sequence")
 
 
 def can_fuse_prompt(model: PreTrainedModel, plan: Plan, captures: list[Capture]) -> bool:
@@ -124,36 +120,43 @@ def text_sample(call: Call, *, new: int, past: int) -> tuple[dict, dict]:
     new: how many tokens; an axis of one is fixed. past: how many before them; 0 for a program of prompts.
     """
     sequence = {} if new == 1 else {1: "sequence"}
-    sample: dict[str, torch.Tensor] = {"input_ids": torch.randint(0, 2, (_BATCH, new))}
+    sample: dict[str, torch.Tensor] = {"input_ids": torch.randint(0, 2, (BATCH, new))}
     axes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", **sequence}, "logits": {0: "batch"}}
     if "attention_mask" in call.sources:
-        mask = torch.ones(_BATCH, past + new, dtype=torch.long)
+        mask = torch.ones(BATCH, past + new, dtype=torch.long)
         mask[0, 0] = 0
         sample["attention_mask"] = mask
         axes["attention_mask"] = {0: "batch", 1: "total" if past else "sequence"}
     if "position_ids" in call.sources:
         leading = (call.position_axes,) if call.position_axes else ()
-        positions = torch.arange(past, past + new).expand(*leading, _BATCH, new)
+        positions = torch.arange(past, past + new).expand(*leading, BATCH, new)
         sample["position_ids"] = positions.clone()
         axes["position_ids"] = {len(leading): "batch", **({len(leading) + 1: "sequence"} if sequence else {})}
     return sample, axes
 
 
-def growing(shape: Sequence[int | None], symbol: str) -> dict[int, str]:
-    """The axis of a state that grows, called `symbol`; empty for one of a fixed size. `shape` is behind the batch."""
-    return {shape.index(None) + 1: symbol} if None in shape else {}
-
-
-def with_past(component: Component, plan: Plan) -> Component:
-    """`component` with the plan's state as inputs and outputs."""
-    sample, sources, states = dict(component.sample), dict(component.sources), dict(component.states)
-    axes = {name: dict(item) for name, item in component.axes.items()}
-    for index, layer in enumerate(plan.layers):
+def with_present(component: Component, layers: Sequence[Layer], symbol: str) -> Component:
+    """`component` with what its layers keep as outputs; the axis that grows is called `symbol`."""
+    axes, states = dict(component.axes), dict(component.states)
+    for index, layer in enumerate(layers):
         for kind, shape in layer.shapes():
-            past, present = f"past_{index}_{kind}", f"present_{index}_{kind}"
-            sample[past] = torch.zeros(_BATCH, *(_PAST if size is None else size for size in shape))
-            axes[past] = {0: "batch", **growing(shape, "past")}
-            axes[present] = {0: "batch", **growing(shape, "total")}
+            axes[f"present_{index}_{kind}"] = _state_axes(shape, symbol)
+            states[f"present_{index}_{kind}"] = f"{index}.{kind}"
+    return replace(component, axes=axes, states=states)
+
+
+def with_past(component: Component, layers: Sequence[Layer]) -> Component:
+    """`component` with what its layers keep as inputs and outputs."""
+    sample, sources, axes = dict(component.sample), dict(component.sources), dict(component.axes)
+    for index, layer in enumerate(layers):
+        for kind, shape in layer.shapes():
+            past = f"past_{index}_{kind}"
+            sample[past] = torch.zeros(BATCH, *(PAST if size is None else size for size in shape))
+            axes[past] = _state_axes(shape, "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
-            states[present] = f"{index}.{kind}"
-    return replace(component, sample=sample, axes=axes, sources=sources, states=states)
+    return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")
+
+
+def _state_axes(shape: Sequence[int | None], symbol: str) -> dict[int, str]:
+    """The dynamic axes of a state whose `shape` behind the batch has None where it grows."""
+    return {0: "batch", **({shape.index(None) + 1: symbol} if None in shape else {})}

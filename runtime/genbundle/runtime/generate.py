@@ -104,7 +104,7 @@ def steps(
     clock = clock or Clock()
     ids = token_ids(inputs)
     batch, prompt_length = ids.shape
-    limit = options.new_tokens(prompt_length)
+    limit = asked = options.new_tokens(prompt_length)
     if wiring.manifest.flow.capacity is not None:
         limit = min(limit, wiring.manifest.flow.capacity - prompt_length)
     pad = padding_token(options)
@@ -114,7 +114,6 @@ def steps(
     # The repetition penalty leaves padding out, as transformers does; the other rules don't.
     paddings = prompt_length - token_mask(inputs).sum(axis=1)
     seen = [IntArray("q", row) for row in ids]
-    asked = options.new_tokens(prompt_length)
     reasons: list[str | None] = [None] * batch
     wiring.open(inputs)
     begun = time.perf_counter()

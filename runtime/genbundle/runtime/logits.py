@@ -1,7 +1,7 @@
 """Pure functions on one row of logits `[vocabulary]` float32, equal to transformers' logits processors.
 
-The order in which transformers applies them: `repetition_penalty` always; `temperature`, `top_k`,
-`top_p`, `min_p` only when sampling. None changes the row it is given; a filtered-out token has the logit -inf.
+The order in which transformers applies them: `repetition_penalty` always; `temperature`, `top_k`, `top_p`, `min_p` only
+when sampling. None changes the row it is given; a filtered-out token has the logit -inf.
 """
 
 import numpy as np

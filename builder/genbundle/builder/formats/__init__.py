@@ -40,20 +40,20 @@ def naming(component: Component) -> Iterator[None]:
 
 
 def lower_each(
-    components: Iterable[Component], lower: Callable[[Component], Lowered], progress: Progress
-) -> tuple[list[tuple[Component, Lowered]], tuple[str, ...]]:
-    """Every component with what `lower` makes of it, and notes of optional ones that can't be lowered."""
-    done, notes = [], []
+    components: Iterable[Component], lower: Callable[[Component], Lowered], progress: Progress, notes: list[str]
+) -> Iterator[tuple[Component, Lowered]]:
+    """Every component with what `lower` makes of it, one by one; an optional one that can't be lowered is noted."""
     for component in components:
         progress(f"export {component.name}")
         try:
             with naming(component):
-                done.append((component, lower(component)))
+                lowered = lower(component)
         except UnsupportedModelError as error:
             if not component.optional:
                 raise
             notes.append(f"done without a program of its own: {error}")
-    return done, tuple(notes)
+        else:
+            yield component, lowered
 
 
 def describe_inputs(

@@ -22,8 +22,8 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
     provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
     """
     pool, models, programs, states = WeightPool(), {}, [], {}
-    lowered, notes = lower_each(components, lambda component: _lower(component, provider), progress)
-    for component, model in lowered:
+    notes: list[str] = []
+    for component, model in lower_each(components, lambda item: _lower(item, provider), progress, notes):
         _name_axes(model, component)
         program = _describe(model, component, states)
         _rename(model, component)
@@ -54,7 +54,7 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
                 if not value.is_graph_output():
                     value.shape = None
         ir.save(model, folder / f"{name}.onnx")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=notes)
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
 
 
 def _lower(component: Component, provider: str) -> ir.Model:

@@ -24,8 +24,8 @@ _TRACE_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", 
 def export_torch(components: Iterable[Component], folder: Path, progress: Progress) -> Exported:
     """Write one .pt2 per component below `folder`, which weight it reads where, and the weights, each once."""
     pool, programs, states, reads = WeightPool(), [], {}, {}
-    lowered, notes = lower_each(components, _lower, progress)
-    for component, exported in lowered:
+    notes: list[str] = []
+    for component, exported in lower_each(components, _lower, progress, notes):
         programs.append(_describe(exported, component, states))
         reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
         _save(exported, folder / f"{component.name}.pt2")
@@ -34,7 +34,7 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
     for name, keys in reads.items():
         table = {parameter: pool.slots[key].name for parameter, key in sorted(keys.items())}
         (folder / f"{name}.weights.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=notes)
+    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
 
 
 def _lower(component: Component) -> Any:
