@@ -1,5 +1,6 @@
 """build_bundle: the recipe in order. Load, capture, explain, export, verify, publish."""
 
+import gc
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from genbundle.builder.samples import (
 )
 from genbundle.builder.verify import GOLDEN_LOGITS, record
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
-from genbundle.bundles.golden import GOLDEN_NAME, write_golden
+from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest, Verification
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
@@ -93,12 +94,19 @@ def build_bundle(
         announce("load the model")
         loaded = load(model, processor)
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
-        with borrowed(loaded.model), new_bundle(target, overwrite=overwrite) as writer:
-            samples = make_samples(loaded.model, given or from_processor(loaded.model, loaded.processor))
-            manifest = _export(loaded, samples, settings, writer.path, announce)
+        with new_bundle(target, overwrite=overwrite) as writer:
+            with borrowed(loaded.model) as eager:
+                samples = make_samples(eager, given or from_processor(eager, loaded.processor))
+                manifest = _export(loaded, samples, settings, writer.path, announce)
+                held_out = samples.held_out if settings.verify else {}
+                cases = [record(eager, name, inputs) for name, inputs in held_out.items()]
+                window = smallest_window(eager)
+            # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
+            del loaded, eager
+            gc.collect()
             if settings.verify:
                 announce("verify")
-                manifest = _verify(loaded.model, samples, manifest, writer)
+                manifest = _verify(cases, window, manifest, writer)
             announce("publish")
             return writer.commit(manifest)
 
@@ -229,9 +237,11 @@ _FORMATS: dict[str, Callable[..., Exported]] = {
 }
 
 
-def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer: BundleWriter) -> Manifest:
-    """Replay the staged bundle on the held-out inputs; the manifest with the report, the golden records written."""
-    cases = [record(model, name, inputs) for name, inputs in samples.held_out.items()]
+def _verify(cases: list[GoldenCase], window: int | None, manifest: Manifest, writer: BundleWriter) -> Manifest:
+    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written.
+
+    window: the model's smallest sliding window, which the report says if the cases didn't reach.
+    """
     device = "cpu" if manifest.backend == "cuda" else None
     try:
         with quiet():  # an engine logs what it fails at
@@ -253,7 +263,7 @@ def _verify(model: PreTrainedModel, samples: Samples, manifest: Manifest, writer
     if manifest.backend == "cuda":
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
     notes = manifest.notes
-    window, longest = smallest_window(model), max(check.prompt_length + check.new_tokens for check in checks)
+    longest = max(check.prompt_length + check.new_tokens for check in checks)
     if window is not None and window > longest:
         notes += (f"verified on up to {longest} tokens: the layers' window of {window} was not reached",)
     report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)

@@ -64,7 +64,7 @@ def load(model: Any, processor: Any | None) -> Loaded:
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel) -> Iterator[None]:
+def borrowed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """`model` ready to export inside the block: eval mode, no gradients, float32, on the CPU; as it was afterwards.
 
     In place, since a copy would cost the model's size again; half-precision weights come back with the same bits.
@@ -82,7 +82,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[None]:
         if any(item.is_floating_point() and item.dtype != torch.float32 for item in model.parameters()):
             model.float()
         model.cpu()
-        yield
+        yield model
     finally:
         for item, needs_gradient, dtype, device in parameters:
             item.data = item.data.to(device, dtype)
