@@ -6,7 +6,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from genbundle.runtime.rules import apply_rules
+from genbundle.bundles.manifest import Timestamps
+from genbundle.runtime.rules import apply_rules, timed
 from genbundle.runtime.sampling import options_from
 
 VOCABULARY, PROMPT, LIMIT, EOS = 12, 3, 6, [2, 3]
@@ -76,3 +77,20 @@ def test_tokens_beyond_the_head_are_ignored():
     options = options_from({}, {"suppress_tokens": [99]})
     row = np.ones(VOCABULARY, np.float32)
     np.testing.assert_array_equal(apply_rules(row, options, np.array([1]), prompt_length=1, limit=1), row)
+
+
+@pytest.mark.parametrize("latest", [None, 2])
+def test_times_are_whispers(latest):
+    rng, eos, without = np.random.default_rng(5), 5, 6
+    config = GenerationConfig(eos_token_id=eos)
+    config.no_timestamps_token_id, config.max_initial_timestamp_index = without, latest
+    times = Timestamps(first=without + 1, without=without, latest=latest)
+    for length in range(7):
+        for _ in range(60):
+            new = rng.choice([1, 2, 7, 8, 9, 10], length)
+            row = rng.standard_normal(VOCABULARY).astype(np.float32) * 2
+            ids = np.concatenate([np.array([1, 0, 2]), new])
+            expected = hf.WhisperTimeStampLogitsProcessor(config, begin_index=PROMPT)(
+                torch.tensor(ids)[None], torch.tensor(row)[None]
+            )[0].numpy()
+            np.testing.assert_array_equal(timed(row, new, times, eos), expected)

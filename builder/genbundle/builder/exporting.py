@@ -33,8 +33,11 @@ def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[s
     with quiet():
         try:
             # Sampling would draw different tokens in each capture, and beams would multiply the batch.
-            config = copy.deepcopy(model.generation_config)
+            config: Any = copy.deepcopy(model.generation_config)
             config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1)
+            if getattr(config, "lang_to_id", None):
+                # A language that isn't given is detected, in a call of the forward that is none of the generation's.
+                config.language, config.return_timestamps = next(iter(config.lang_to_id)), False
             stages = decompose_prefill_decode(model, dict(inputs), generation_config=config)
         except RuntimeError as error:
             cause = error.__cause__ or error

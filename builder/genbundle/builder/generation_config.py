@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from genbundle.builder.prefix import describe_prefix
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Generation
 
@@ -24,6 +25,7 @@ _REPLAYED = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "stop_strings": "stop",
+    "return_timestamps": "return_timestamps",
 }
 # Options that change which tokens are generated and that the runtime doesn't know, with the values that mean "off".
 _NOT_REPLAYED: dict[str, tuple[Any, ...]] = {
@@ -81,6 +83,8 @@ def describe_generation(model: Any) -> Generation:
         for name, ours in _REPLAYED.items()
         if (value := values.get(name)) is not None and value != defaults.get(name)
     }
+    prefix, timestamps = describe_prefix(model)
+    chosen = {item.option: values[item.option] for item in prefix if item.option and item.option in values}
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     return Generation(
@@ -89,5 +93,7 @@ def describe_generation(model: Any) -> Generation:
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         decoder_start_token_id=_decoder_start(model),
-        options=options,
+        options={**options, **chosen},
+        prefix=prefix,
+        timestamps=timestamps,
     )

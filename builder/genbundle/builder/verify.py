@@ -20,9 +20,10 @@ def record(
     model: PreTrainedModel, name: str, inputs: Mapping[str, torch.Tensor], new_tokens: int = NEW_TOKENS
 ) -> GoldenCase:
     """Eager's greedy generation for `inputs` with every logit; UnsupportedModelError when generate refuses them."""
-    config = copy.deepcopy(model.generation_config)
+    config: Any = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
     config.update(max_new_tokens=new_tokens, max_length=None, return_dict_in_generate=True, output_logits=True)
+    config.force_unique_generate_call = True  # of a model that goes on with the next window of sound by itself
     try:
         with quiet(), torch.no_grad():
             generate: Any = model.generate

@@ -115,11 +115,41 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixToken:
+    """A token after the start token of an encoder-decoder's sequences, which an option of `generate` chooses.
+
+    option: the option's name, None where there is no choice. tokens: its values in lower case, and the token of each.
+    default: the token where no option of the prefix is given; beside: where that other option is given and this one
+    isn't; None and absent leave the token out, unless `detect`: then it is the most probable of `tokens`.
+    """
+
+    option: str | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    default: int | None = None
+    beside: dict[str, int] = field(default_factory=dict)
+    detect: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timestamps:
+    """Tokens that are times, in pairs around text: `first` and all above it, in order.
+
+    without: the token that ends the prefix of a generation without times. latest: how many times after `first` the
+    first one of a sequence may be.
+    """
+
+    first: int
+    without: int
+    latest: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """What the model's own generation config asks for; a caller's options win over `options`.
 
     decoder_start_token_id: the token that an encoder-decoder's sequences begin with. The tokens are then those of the
-    decoder (the input `decoder_input_ids`), and `input_ids`, if there are any, belong to the encoder.
+    decoder (the input `decoder_input_ids`), and `input_ids`, if there are any, belong to the encoder. prefix: what
+    comes after it, where the caller gives no tokens.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -127,6 +157,8 @@ class Generation:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    prefix: tuple[PrefixToken, ...] = ()
+    timestamps: Timestamps | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

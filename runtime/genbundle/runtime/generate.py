@@ -108,6 +108,7 @@ def steps(
     if wiring.manifest.flow.capacity is not None:
         limit = min(limit, wiring.manifest.flow.capacity - prompt_length)
     pad = padding_token(options)
+    times = wiring.manifest.generation.timestamps if options.return_timestamps else None
     samplers = [
         options.sampler(None if options.seed is None else options.seed + first_row + row) for row in range(batch)
     ]
@@ -126,7 +127,7 @@ def steps(
             if reasons[row] is not None:
                 continue
             so_far = np.array(seen[row], np.int64)
-            scores = apply_rules(logits[row], options, so_far, prompt_length=prompt_length, limit=asked)
+            scores = apply_rules(logits[row], options, so_far, prompt_length=prompt_length, limit=asked, times=times)
             token = tokens[row] = samplers[row](scores, so_far[paddings[row] :])
             seen[row].append(token)
             if token in options.eos_token_ids:

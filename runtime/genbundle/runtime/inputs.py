@@ -5,44 +5,44 @@ from typing import Any
 
 import numpy as np
 
-from genbundle.bundles import Bundle, InputError
+from genbundle.bundles import InputError, Manifest
 
 # What every text model takes; `decoder_input_ids` belongs to an encoder-decoder.
 TEXT_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
-def complete_inputs(inputs: Mapping[str, Any], bundle: Bundle) -> dict[str, np.ndarray]:
+def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, np.ndarray]:
     """Generation inputs as arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit.
 
     Of an encoder-decoder `decoder_input_ids` `[batch, length]` is completed too, from its start token.
     """
     arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-    start = bundle.manifest.generation.decoder_start_token_id
+    start = manifest.generation.decoder_start_token_id
     if start is not None:
-        return _complete_encoder_inputs(arrays, bundle, start)
+        return _complete_encoder_inputs(arrays, manifest, start)
     ids = arrays.get("input_ids")
     if ids is None:
         raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
     _check_ids("input_ids", ids)
-    mask = arrays.setdefault("attention_mask", _default_mask(ids, bundle))
+    mask = arrays.setdefault("attention_mask", _default_mask(ids, manifest))
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
     if not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
         raise InputError("attention_mask: expected 0 or 1, with at least one 1 in every row")
     if not mask[:, -1].all():
         raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
-    _check_capacity(ids, bundle)
+    _check_capacity(ids, manifest)
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
-def _complete_encoder_inputs(arrays: dict[str, np.ndarray], bundle: Bundle, start: int) -> dict[str, np.ndarray]:
+def _complete_encoder_inputs(arrays: dict[str, np.ndarray], manifest: Manifest, start: int) -> dict[str, np.ndarray]:
     """The encoder's inputs as they are (a mask of ones or without pad tokens is added to ids), the decoder's begun."""
     ids, given = arrays.get("input_ids"), next(iter(arrays.values()), None)
     if given is None or not given.ndim:
         raise InputError("generation needs the encoder's input: input_ids [batch, length], features, or text")
     if ids is not None:
         _check_ids("input_ids", ids)
-        mask = arrays.setdefault("attention_mask", _default_mask(ids, bundle))
+        mask = arrays.setdefault("attention_mask", _default_mask(ids, manifest))
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
             raise InputError(f"attention_mask: expected 0 or 1 of shape {list(ids.shape)}, got {list(mask.shape)}")
     tokens = arrays.get("decoder_input_ids")
@@ -51,7 +51,7 @@ def _complete_encoder_inputs(arrays: dict[str, np.ndarray], bundle: Bundle, star
     _check_ids("decoder_input_ids", tokens)
     if (tokens[:, 0] != start).all():
         tokens = np.concatenate([np.full((len(tokens), 1), start), tokens], axis=1)
-    _check_capacity(tokens, bundle)
+    _check_capacity(tokens, manifest)
     integers = {name: array.astype(np.int64) for name, array in arrays.items() if array.dtype.kind in "iub"}
     return {**arrays, **integers, "decoder_input_ids": tokens.astype(np.int64)}
 
@@ -63,8 +63,8 @@ def _check_ids(name: str, ids: np.ndarray) -> None:
         raise InputError(f"{name}: expected token ids of at least 0, got {int(ids.min())}")
 
 
-def _check_capacity(ids: np.ndarray, bundle: Bundle) -> None:
-    capacity = bundle.manifest.flow.capacity
+def _check_capacity(ids: np.ndarray, manifest: Manifest) -> None:
+    capacity = manifest.flow.capacity
     if capacity is not None and ids.shape[1] >= capacity:
         raise InputError(
             f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, "
@@ -84,9 +84,9 @@ def token_mask(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     return inputs["attention_mask"]
 
 
-def _default_mask(ids: np.ndarray, bundle: Bundle) -> np.ndarray:
+def _default_mask(ids: np.ndarray, manifest: Manifest) -> np.ndarray:
     """The mask that transformers makes when none is given: pad tokens are padding, unless they also end sequences."""
-    generation = bundle.manifest.generation
+    generation = manifest.generation
     pad = generation.pad_token_id
     if pad is None or pad in generation.eos_token_ids:
         return np.ones_like(ids)

@@ -10,9 +10,10 @@ import numpy as np
 from genbundle.bundles import Bundle, InputError
 from genbundle.runtime.generate import Clock, Generation, Step, Stop, Timings, collect, steps
 from genbundle.runtime.images import expand_placeholders, pictures_of, preprocess
-from genbundle.runtime.inputs import TEXT_INPUTS, complete_inputs, token_ids, token_mask
+from genbundle.runtime.inputs import TEXT_INPUTS, token_ids, token_mask
+from genbundle.runtime.prefix import generation_inputs, generation_options, split_options
 from genbundle.runtime.program import Backend
-from genbundle.runtime.sampling import GenerationOptions, options_from
+from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.text import StopStrings, StreamDecoder, TextProcessor
 from genbundle.runtime.wiring import Wiring
 
@@ -124,13 +125,8 @@ class Model:
         names = {*TEXT_INPUTS, *self.wiring.user_inputs}
         arrays = {name: value for name, value in kwargs.items() if name in names}
         given = {name: value for name, value in kwargs.items() if name not in names}
-        generation = self.bundle.manifest.generation
-        defaults = {
-            **generation.options,
-            "eos_token_ids": generation.eos_token_ids,
-            "pad_token_id": generation.pad_token_id,
-        }
-        options = options_from(defaults, given)
+        prefix, given = split_options(self.bundle.manifest.generation, given)
+        options = generation_options(self.bundle.manifest.generation, given)
         if options.stop:
             self.text  # noqa: B018  stop strings need a tokenizer: say so now
         if prompt is not None:
@@ -139,7 +135,7 @@ class Model:
             arrays |= self._encode(prompt, images, variables)
         elif images is not None:
             raise InputError("images belong to a prompt; with input_ids give the model's own inputs (pixel_values ...)")
-        return complete_inputs(arrays, self.bundle), options
+        return generation_inputs(arrays, prefix, options, self.wiring), options
 
     def _encode(self, prompt: Any, images: Any, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
         """Token ids, mask and pixels for text, a list of texts or chat messages."""

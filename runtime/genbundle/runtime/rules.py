@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from genbundle.bundles.manifest import Timestamps
 from genbundle.runtime.sampling import GenerationOptions
 
 
 def apply_rules(
-    row: np.ndarray, options: GenerationOptions, ids: np.ndarray, *, prompt_length: int, limit: int
-) -> np.ndarray:
+    row: np.ndarray, options: GenerationOptions, ids: np.ndarray, *, prompt_length: int, limit: int,
+    times: Timestamps | None = None,
+) -> np.ndarray:  # fmt: skip
     """`row` (logits `[vocabulary]` float32) with forbidden tokens at -inf; a forced one is the only one left.
 
     Args:
@@ -18,6 +20,7 @@ def apply_rules(
         ids: the sequence so far, int64 `[length]`, padding included.
         prompt_length: tokens of the prompt, padding included.
         limit: the most new tokens that were asked for.
+        times: the tokens that are times, where the generation is to have them.
     """
     length = len(ids)
     forbidden: set[int] = set(options.suppress_tokens)
@@ -43,6 +46,33 @@ def apply_rules(
     if forbidden:
         row = row.copy()
         row[[token for token in forbidden if token < len(row)]] = -np.inf
+    return row if times is None else timed(row, ids[prompt_length:], times, min(options.eos_token_ids, default=0))
+
+
+def timed(row: np.ndarray, new: np.ndarray, times: Timestamps, eos: int) -> np.ndarray:
+    """A row in which times come in pairs, never go back, begin the sequence, and win where together they are likelier
+    than any other token. After Whisper's rules (https://arxiv.org/abs/2212.04356, section 3.3).
+
+    new: the generated tokens so far. eos: tokens below it are text.
+    """
+    row, said = row.copy(), new >= times.first
+    row[times.without] = -np.inf
+    pair_is_open = len(new) > 1 and said[-1] and not said[-2]
+    if len(new) and said[-1]:
+        if pair_is_open:
+            row[:eos] = -np.inf
+        else:
+            row[times.first :] = -np.inf
+    if said.any():
+        last = int(new[said][-1])
+        row[times.first : last + (not pair_is_open)] = -np.inf
+    if not len(new):
+        row[: times.first] = -np.inf
+        if times.latest is not None:
+            row[times.first + times.latest + 1 :] = -np.inf
+    weights = np.exp(row - row.max())
+    if weights[times.first :].sum() > weights[: times.first].max():
+        row[: times.first] = -np.inf
     return row
 
 

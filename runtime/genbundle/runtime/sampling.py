@@ -35,7 +35,8 @@ class GenerationOptions:
     tokens that are never generated. forced_bos_token_id, forced_eos_token_ids: the token after a prompt of one, and the
     last that max_new_tokens allows. do_sample: sample, or take the most probable token; the sampling options
     (temperature, top_k, top_p, min_p, seed) count only then. top_k: 0 or None for no limit. stop: strings that end the
-    text, left out of it. seed: None for a new random sequence each time.
+    text, left out of it. seed: None for a new random sequence each time. return_timestamps: tokens that are times too,
+    from a model that has such.
     """
 
     max_new_tokens: int | None = None
@@ -58,6 +59,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    return_timestamps: bool = False
 
     def new_tokens(self, prompt_length: int) -> int:
         """The most tokens to generate after a prompt of that length; InputError when max_length leaves none."""
@@ -258,4 +260,5 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "eos_token_ids": _TOKEN_IDS,
     "pad_token_id": ("a token id, or None", lambda value: value is None or _is_int(value, 0)),
+    "return_timestamps": ("True or False", lambda value: isinstance(value, bool | np.bool_)),
 }

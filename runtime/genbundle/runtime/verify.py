@@ -6,9 +6,9 @@ from genbundle.bundles import InputError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, read_golden
 from genbundle.bundles.manifest import Check
 from genbundle.runtime.generate import Clock, Step, collect
-from genbundle.runtime.inputs import complete_inputs, token_ids
+from genbundle.runtime.inputs import token_ids
 from genbundle.runtime.model import Model
-from genbundle.runtime.sampling import options_from
+from genbundle.runtime.prefix import generation_inputs, generation_options, split_options
 
 # Of the largest logit's size. float32 programs of one model differ by rounding, far below it; a wrong mask or position
 # shows above it even where the same token wins.
@@ -31,12 +31,9 @@ def replay(model: Model, case: GoldenCase) -> Check:
     Raises VerificationError, naming the case and the step, where a token differs, a logit isn't a number, or logits
     differ by more than rounding explains.
     """
-    generation = model.bundle.manifest.generation
-    options = options_from(
-        {**generation.options, "eos_token_ids": generation.eos_token_ids, "pad_token_id": generation.pad_token_id},
-        case.options,
-    )
-    inputs = complete_inputs(case.inputs, model.bundle)
+    prefix, given = split_options(model.bundle.manifest.generation, case.options)
+    options = generation_options(model.bundle.manifest.generation, given)
+    inputs = generation_inputs(case.inputs, prefix, options, model.wiring)
     taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True)
     length = token_ids(inputs).shape[1]
     expected = case.sequences[:, length:]
