@@ -28,8 +28,9 @@ from genbundle.builder.samples import (
     make_samples,
     smallest_window,
 )
+from genbundle.builder.turns import turn_components
 from genbundle.builder.verify import GOLDEN_LOGITS, record
-from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
+from genbundle.bundles import BuildError, Bundle, EngineError, UnsupportedModelError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest, Verification
 from genbundle.bundles.manifest import Model as ModelFacts
@@ -182,6 +183,7 @@ def _explicit(
     """The backends whose programs take and return their state: ONNX and torch.export."""
     announce("explain")
     fuse = format_name == "cpu"
+    notes: tuple[str, ...] = ()
     if model.config.is_encoder_decoder:
         components, flow = encoder_decoder_components(model, captures, capacity)
     elif any("mm_encoder_outputs" in item.prompt for item in captures):
@@ -194,7 +196,13 @@ def _explicit(
             text_alone=generates_from_text_alone(model),
         )
     else:
-        components, flow = text_components(model, make_plan(model, captures), captures, fuse=fuse, capacity=capacity)
+        try:
+            plan = make_plan(model, captures)
+        except UnsupportedModelError as error:
+            components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
+            flow = replace(flow, capacity=capacity)
+        else:
+            components, flow = text_components(model, plan, captures, fuse=fuse, capacity=capacity)
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 
@@ -203,7 +211,7 @@ def _explicit(
         exported = export_onnx(components, folder, format_name, announce)
     there = {program.name for program in exported.programs}
     routes = tuple(route for route in flow.prompt if there.issuperset(route.programs))
-    return replace(exported, flow=replace(flow, prompt=routes))
+    return replace(exported, flow=replace(flow, prompt=routes), notes=(*exported.notes, *notes))
 
 
 def _stateful(

@@ -16,8 +16,9 @@ class Component:
     module: `forward(**inputs) -> dict[str, Tensor]`. sample: one set of inputs that it runs on. axes: the dynamic
     axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
-    in, which only look back. optional: whether the flow does without it where it can't be exported. guides: inputs in
-    the manifest that steer the runtime's calls and aren't the program's.
+    in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
+    known beforehand that an optional one can't. guides: inputs in the manifest that steer the runtime's calls and
+    aren't the program's.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Component:
     modality: str | None = None
     fusions: bool = True
     optional: bool = False
+    obstacle: str | None = None
     guides: Mapping[str, Input] = field(default_factory=dict)
 
 

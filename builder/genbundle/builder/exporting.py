@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 FREE_AXES = frozenset({"batch", "sequence", "past"})
+_UNBOUNDED = 2**31
 Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 
 
@@ -54,13 +55,49 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
     return dict(prepared)
 
 
+class _ProgramExporter(DynamoExporter):
+    """Upstream's exporter, with a look at the program before anything is made of it."""
+
+    def __init__(self, axes: Axes):
+        super().__init__()
+        self._axes = axes
+
+    def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
+        """Refuse a program that holds for some sizes only."""
+        program, metadata = super().export_program(model, sample_inputs, config=config)
+        _expect_free(program, self._axes)
+        return program, metadata
+
+
+class _GraphExporter(OnnxExporter, _ProgramExporter):
+    """The same for ONNX, whose exporter converts what the one before it gives."""
+
+
+def _expect_free(program: Any, axes: Axes) -> None:
+    """UnsupportedModelError where the model's code fixed or bounded an axis that has to vary."""
+    inputs = {node.target: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name, named in axes.items():
+        node = inputs.get(name)
+        if node is None or not node.users:
+            continue
+        for axis, symbol in named.items():
+            size = node.meta["val"].shape[axis]
+            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+            most = size if isinstance(size, int) else None if known is None else known.upper
+            if most is not None and most < _UNBOUNDED:
+                how = f"fixed at {most}" if isinstance(size, int) else f"at most {most}"
+                raise UnsupportedModelError(
+                    f"axis {axis} ({symbol}) of the input {name!r} is {how} by the model's code"
+                )
+
+
 def to_exported_program(module: Any, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
     """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
     # A copy of the sample, here and below: upstream's preparation writes into the dict that it is given.
     return _dynamic(
         sample,
         axes,
-        lambda shapes: DynamoExporter().export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program,
+        lambda shapes: _ProgramExporter(axes).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program,
     )
 
 
@@ -70,7 +107,7 @@ def to_onnx(module: Any, sample: dict[str, torch.Tensor], axes: Axes, provider: 
         sample,
         axes,
         lambda shapes: (
-            OnnxExporter()
+            _GraphExporter(axes)
             .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
             .program
         ),
@@ -86,7 +123,11 @@ def _dynamic(sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[d
         try:
             return export(_shapes(sample, axes, FREE_AXES))
         except Exception as error:  # upstream wraps what torch raises
-            if not any("Constraints violated" in str(item) for item in (error, error.__cause__, error.__context__)):
+            causes = [str(item) for item in (error, error.__cause__, error.__context__)]
+            fixed = next((line for text in causes for line in text.splitlines() if "to be a constant" in line), None)
+            if fixed is not None:
+                raise UnsupportedModelError(f"the model's code fixes a size: {fixed.strip(' -')}") from error
+            if not any("Constraints violated" in text for text in causes):
                 raise
         return export(_shapes(sample, axes, frozenset()))
 

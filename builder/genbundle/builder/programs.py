@@ -11,6 +11,7 @@ from genbundle.builder.attention import observe_attention
 from genbundle.builder.components import Component
 from genbundle.builder.decoder import Decoder, language_model_of
 from genbundle.builder.layers import Layer
+from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.plan import Call, Capture, Plan
 from genbundle.bundles.manifest import Flow, Route, Source
 
@@ -57,25 +58,29 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
 
 def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
     """The program `prompt`: token ids to logits and present, for the prompt alone."""
-    assert plan.prompt is not None
+    call = plan.prompt
+    assert call is not None
     fused = fuse and can_fuse_prompt(model, plan, captures)
-    sample, axes = text_sample(plan.prompt, new=_PROMPT, past=0)
+    sample, axes = text_sample(call, new=_PROMPT, past=0)
+    module = Decoder(
+        model,
+        plan.layers,
+        fused=fused,
+        begins=True,
+        cache_argument=plan.cache_argument,
+        constants=call.constants,
+    ).eval()
     prompt = Component(
         name="prompt",
         roles=("merge", "language_model", "lm_head"),
-        module=Decoder(
-            model,
-            plan.layers,
-            fused=fused,
-            begins=True,
-            cache_argument=plan.cache_argument,
-            constants=plan.prompt.constants,
-        ).eval(),
+        module=module,
         sample=sample,
         axes=axes,
-        sources=plan.prompt.sources,
+        sources=call.sources,
         fusions=fused or not fuse,
         optional=True,
+        # A fused one only traces; what it would loop over doesn't depend on that.
+        obstacle=None if fused else loop_over_length(module, lambda length: text_sample(call, new=length, past=0)[0]),
     )
     return with_present(prompt, plan.layers, "sequence")
 

@@ -89,13 +89,15 @@ class State:
 class Route:
     """The programs that take a prompt when the user inputs `needs` (besides text) are given.
 
-    Of several, the one that needs most is taken. one_by_one: the programs take one new token per call and no padding,
-    so that a prompt goes through them token by token, row by row.
+    Of several, the one that needs most is taken. one_by_one: `programs` take a prompt's first token and the step's each
+    further one, without padding, so that a prompt goes through them token by token, row by row. padded: padding goes
+    through like any other token, since the model itself takes it so.
     """
 
     programs: tuple[str, ...]
     needs: tuple[str, ...] = ()
     one_by_one: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,8 @@ class Wiring:
         most = self.manifest.flow.batch
         if most is not None and len(token_ids(inputs)) > most:
             return False
-        return not self._route(inputs).one_by_one or bool(inputs["attention_mask"].all())
+        route = self._route(inputs)
+        return not route.one_by_one or route.padded or bool(inputs["attention_mask"].all())
 
     def _begin(self, inputs: dict[str, np.ndarray], route: Route) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)

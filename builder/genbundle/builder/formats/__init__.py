@@ -30,6 +30,10 @@ def naming(component: Component) -> Iterator[None]:
     """Turn whatever an exporter raises into an UnsupportedModelError that names the component and the cause."""
     try:
         yield
+    except UnsupportedModelError as error:
+        if str(error).startswith(f"{component.name}: "):
+            raise
+        raise UnsupportedModelError(f"{component.name}: {error}") from error
     except GenbundleError:
         raise
     except Exception as error:  # exporters raise anything
@@ -46,6 +50,8 @@ def lower_each(
     for component in components:
         progress(f"export {component.name}")
         try:
+            if component.obstacle is not None:
+                raise UnsupportedModelError(f"{component.name}: {component.obstacle}")
             with naming(component):
                 lowered = lower(component)
         except UnsupportedModelError as error:

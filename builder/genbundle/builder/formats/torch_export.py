@@ -14,7 +14,6 @@ from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
-from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Output, Program, State
 
 # Where and by whom a node was traced: no use to a runtime, and it holds paths of the exporting machine.
@@ -40,23 +39,8 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
 def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
     exported = to_exported_program(component.module, component.sample, component.axes)
-    _expect_dynamic(exported, component)
     relax_lower_bounds(exported)
     return exported
-
-
-def _expect_dynamic(exported: Any, component: Component) -> None:
-    placeholders = {node.target: node for node in exported.graph.nodes if node.op == "placeholder"}
-    for name, axes in component.axes.items():
-        node = placeholders.get(name)
-        if node is None or not isinstance(node.meta.get("val"), torch.Tensor) or not node.users:
-            continue
-        for axis, symbol in axes.items():
-            if isinstance(node.meta["val"].shape[axis], int):
-                raise UnsupportedModelError(
-                    f"{component.name}: axis {axis} ({symbol}) of its input {name!r} is fixed at "
-                    f"{node.meta['val'].shape[axis]} by the model's code"
-                )
 
 
 def relax_lower_bounds(exported: Any) -> None:
@@ -64,11 +48,15 @@ def relax_lower_bounds(exported: Any) -> None:
 
     The tracer takes sizes it was shown (2 and more) for no smaller than that, and sums of them for no smaller than 4,
     though nothing in the graph depends on it; a size that really is
-    fixed was refused before; the replay runs an empty past, one token and one sequence.
+    fixed was refused before; the replay runs an empty past, one token and one sequence. A sum of sizes has no range of
+    its own: archives name sizes only.
     """
     ranges = exported.range_constraints
-    for symbol, found in ranges.items():
-        ranges[symbol] = ValueRanges(min(0, found.lower), found.upper)
+    for symbol, found in list(ranges.items()):
+        if symbol.is_symbol:
+            ranges[symbol] = ValueRanges(min(0, found.lower), found.upper)
+        else:
+            del ranges[symbol]
 
 
 def _describe(exported: Any, component: Component, states: dict[str, State]) -> Program:
