@@ -25,7 +25,7 @@ from genbundle.runtime import load_bundle
 from tests.zoo import children, coverage_report, shrink
 
 RESULTS = Path("build/coverage.jsonl")
-_MAX_LENGTH = 64
+_LEAST_LENGTH = 64  # tokens that a bundle holds
 
 
 def cover(name: str, backend: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def cover(name: str, backend: str) -> dict[str, Any]:
         began = time.perf_counter()
         try:
             path = Path(folder) / "model.bundle"
-            build_bundle(model, inputs["build"], backend, output=path, progress=False, max_length=_MAX_LENGTH)
+            build_bundle(model, inputs["build"], backend, output=path, progress=False, max_length=_length(inputs))
         except Exception as error:
             status = "unsupported" if isinstance(error, BuildError) else "error"
             if isinstance(error, VerificationError | EngineError):
@@ -50,6 +50,14 @@ def cover(name: str, backend: str) -> dict[str, Any]:
         build_s = round(time.perf_counter() - began, 1)
         cause = _difference(path, backend, inputs["check"], expected)
     return {"status": "mismatch" if cause else "ok", "cause": cause, "build_s": build_s, **_total(start)}
+
+
+def _length(inputs: dict[str, list[shrink.Inputs]]) -> int:
+    """Room for every prompt, and for two of them one after another, which the build tries."""
+    longest = max(
+        (each["input_ids"].shape[-1] for group in inputs.values() for each in group if "input_ids" in each), default=0
+    )
+    return max(_LEAST_LENGTH, 2 * longest + 2 * shrink.NEW_TOKENS)
 
 
 def _total(start: float) -> dict[str, float]:

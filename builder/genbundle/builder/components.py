@@ -1,6 +1,6 @@
 """What the builder exports: named modules with flat tensor inputs and outputs, and where each input comes from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,12 +66,14 @@ def name_axes(
     return axes
 
 
-def needed_inputs(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`inputs` without those that the module does as well without, tried one after another."""
+def needed_inputs(
+    module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *, optional: Iterable[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """`inputs` without those (of the `optional` ones) that the module does as well without, tried one after another."""
     kept = dict(inputs)
     with torch.no_grad():
         expected = module(**kept)
-        for key in inputs:
+        for key in inputs if optional is None else optional:
             without = {name: value for name, value in kept.items() if name != key}
             try:
                 found = module(**without)

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes, needed_inputs
-from genbundle.builder.encoders import Features, candidate_features, encoder_component, frame_by_frame
+from genbundle.builder.encoders import Features, candidate_features, encoder_component
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
+from genbundle.builder.packed import in_pieces
 from genbundle.builder.plan import Capture, Plan, constant_arguments
 from genbundle.builder.programs import can_fuse_prompt, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
@@ -53,7 +54,7 @@ def image_text_components(
         **_prompt_sources(model, plan, captures, given),
         **{item.name: Source(kind="output", name=item.name) for item in features},
     }
-    encoder = frame_by_frame(encoder_component(model, MODALITY, captures, features))
+    encoder = in_pieces(encoder_component(model, MODALITY, captures, features))
     merged = Component(
         name="merge",
         roles=("merge",),
@@ -73,6 +74,7 @@ def image_text_components(
         *(source.name for source in merged.sources.values() if source.kind == "user"),
         *(source.name for source in encoder.sources.values() if source.kind == "user"),
         *(name for source in encoder.sources.values() for name in source.options.get("inputs", ())),
+        *(item.source.name for item in encoder.guides.values() if item.source.kind == "user"),
     }
     picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
     text = Route(programs=("decode",), one_by_one=not plan.continues)

@@ -72,6 +72,8 @@ def capture(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture]:
     for sample in samples:
         with _encoder_calls(model) as encoder:
             prompt, step = decompose(model, sample)
+        if not prompt.get("mm_encoder_outputs"):
+            prompt.pop("mm_encoder_outputs", None)  # empty where a multimodal model was given text alone
         captures.append(Capture(inputs=sample, prompt=prompt, step=step, encoder=encoder[0] if encoder else None))
     return captures
 
@@ -175,11 +177,10 @@ def _explain_mask(captures: list[Capture], phase: Phase, name: str) -> None:
 def _explain_positions(model: PreTrainedModel, captures: list[Capture]) -> Source:
     """The first rule that gives every captured prompt's position ids, and whose continuation gives the steps'."""
     name = type(model).__name__
-    for rule, describe in _POSITION_OPTIONS.items():
-        options = describe(model)
+    for rule, options in _position_candidates(model, captures[0]):
         # Some models count from 1 or 2; the first prompt says where, the others must agree.
-        start = None if options is None else _position_start(rule, options, captures[0])
-        if options is None or start is None:
+        start = _position_start(rule, options, captures[0])
+        if start is None:
             continue
         options = {**options, "start": start} if start else options
         if all(_positions_match(rule, options, item) for item in captures):
@@ -216,18 +217,32 @@ def _positions_match(rule: str, options: Mapping[str, Any], item: Capture) -> bo
 def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.dim() != expected.dim() or found.shape[-1] != expected.shape[-1]:
         return False
+    if any(size not in (1, other) for size, other in zip(found.shape, expected.shape, strict=True)):
+        return False
     return bool((found == expected).all())
 
 
-def _mrope_options(model: PreTrainedModel) -> dict[str, Any] | None:
-    inner = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
-    vision = getattr(model.config, "vision_config", None)
-    if inner is None or getattr(vision, "spatial_merge_size", None) is None:
-        return None
-    return {"spatial_merge_size": int(vision.spatial_merge_size)}  # pyright: ignore[reportOptionalMemberAccess]
-
-
-_POSITION_OPTIONS = {"cumsum": lambda _model: {}, "arange": lambda _model: {}, "mrope": _mrope_options}
+def _position_candidates(model: PreTrainedModel, item: Capture) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rules with the options that may fit the model."""
+    yield "cumsum", {}
+    yield "arange", {}
+    if not any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return
+    owners = (*model.modules(), *(getattr(module, "config", None) for module in model.modules()))
+    merges = (getattr(owner, "spatial_merge_size", None) for owner in owners)
+    positions = item.prompt.get("position_ids")
+    rows = 0 if positions is None or positions.dim() != 3 else positions.shape[0]
+    # Without types of tokens, one of them stands where a picture is.
+    tokens: list[dict[str, Any]] = [{}]
+    if "mm_token_type_ids" not in item.inputs:
+        tokens = [{"image_token_id": token} for token in item.inputs["input_ids"].unique().tolist()]
+    axes = {"axes": 3} if rows == 3 else {}
+    for merge in dict.fromkeys(value for value in merges if isinstance(value, int)):
+        for token in tokens:
+            yield "mrope", {"spatial_merge_size": merge, **token, **axes}
+            yield "mrope", {"spatial_merge_size": merge, **token, **axes, "padding": 1}
+            if rows > 2:
+                yield "mrope_in_place", {"spatial_merge_size": merge, **token, "axes": rows}
 
 
 def _needed(model: PreTrainedModel, argument: str, captures: list[Capture], phase: Phase) -> bool:

@@ -1,5 +1,7 @@
-"""Find, for every input of a vision tower, the preparer of the runtime that computes it from the user's inputs."""
+"""Find, for every input of a program, the preparer of the runtime that computes it from the user's inputs."""
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,20 +11,21 @@ from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 from genbundle.runtime.preparers import PREPARERS
 
-Inputs = dict[str, torch.Tensor]
+Inputs = Mapping[str, torch.Tensor]
 
 
 def explain_prepared(
-    name: str, tower: torch.nn.Module, given: list[Inputs], samples: list[Inputs]
+    name: str, module: torch.nn.Module, given: list[Inputs], samples: list[Inputs], keys: Iterable[str] | None = None
 ) -> dict[str, Source]:
-    """The source of each of the tower's inputs `samples`, from the user's inputs `given`; one pair per capture.
+    """The source of each of the inputs `samples` (or of `keys` alone), from the user's inputs `given`; pairs of both.
 
-    A user's input as it is comes first, then each preparer's outputs; UnsupportedModelError names an input that neither
-    gives.
+    A user's input as it is comes first, then each preparer's outputs, with what it must know read off the attributes of
+    `module`'s parts; UnsupportedModelError names an input that neither gives. Pairs may hold some of the inputs only.
     """
-    sources = {}
-    for key in samples[0]:
-        source = _as_given(key, given, samples) or _as_prepared(key, tower, given, samples)
+    sources: dict[str, Source] = {}
+    for key in samples[0] if keys is None else keys:
+        known = [(source.rule or "", source.options) for source in sources.values() if source.kind == "prepared"]
+        source = _as_given(key, given, samples) or _as_prepared(key, module, given, samples, known)
         if source is None:
             raise UnsupportedModelError(f"the {name}'s input {key!r} has no explanation: no preparer computes it")
         sources[key] = source
@@ -31,46 +34,89 @@ def explain_prepared(
 
 def _as_given(key: str, given: list[Inputs], samples: list[Inputs]) -> Source | None:
     for name in given[0]:
-        if all(_equal(inputs[name].numpy(), sample[key]) for inputs, sample in zip(given, samples, strict=True)):
+        if all(
+            name in inputs and _equal(inputs[name].numpy(), sample[key])
+            for inputs, sample in zip(given, samples, strict=True)
+            if key in sample
+        ):
             return Source(kind="user", name=name)
     return None
 
 
-def _as_prepared(key: str, tower: torch.nn.Module, given: list[Inputs], samples: list[Inputs]) -> Source | None:
-    for rule, prepare in PREPARERS.items():
-        for name in given[0]:
-            options = _options(rule, tower, name)
-            if options is None:
-                continue
-            try:
-                results = [prepare({k: v.numpy() for k, v in inputs.items()}, options) for inputs in given]
-            except (ValueError, IndexError, TypeError):
-                continue
-            for output in results[0]:
-                if output == key and all(
-                    _equal(result[output], sample[key]) for result, sample in zip(results, samples, strict=True)
-                ):
-                    return Source(kind="prepared", rule=rule, name=output, options=options)
+def _as_prepared(
+    key: str, module: torch.nn.Module, given: list[Inputs], samples: list[Inputs], known: list[tuple[str, dict]]
+) -> Source | None:
+    pairs = [
+        ({name: value.numpy() for name, value in inputs.items()}, sample[key])
+        for inputs, sample in zip(given, samples, strict=True)
+        if key in sample
+    ]
+    for rule, options in itertools.chain(known, _candidates(module, given[0])):
+        if _prepares(rule, options, key, pairs):
+            return Source(kind="prepared", rule=rule, name=key, options=options)
     return None
 
 
-def _options(rule: str, tower: torch.nn.Module, name: str) -> dict[str, Any] | None:
-    """What a preparer must know of the tower, read off its modules' attributes."""
-    if rule != "vision_grid":
-        return {"inputs": [name]}
-    merge = _attribute(tower, "spatial_merge_size")
-    if not isinstance(merge, int):
-        return None
-    options: dict[str, Any] = {"inputs": [name], "spatial_merge_size": merge}
-    side = _attribute(tower, "num_grid_per_side")
-    if side is not None and (_attribute(tower, "interpolation_mode") or "bilinear") == "bilinear":
-        align = _attribute(tower, "interpolation_align_corners") is True
-        options |= {"num_grid_per_side": int(side), "align_corners": align}
-    return options
+def _prepares(rule: str, options: dict[str, Any], key: str, pairs: list[tuple[dict, torch.Tensor]]) -> bool:
+    for inputs, expected in pairs:
+        try:
+            found = PREPARERS[rule](inputs, options).get(key)
+        except (ValueError, IndexError, TypeError, KeyError, ZeroDivisionError):
+            return False
+        if found is None or not _equal(found, expected):
+            return False
+    return True
 
 
-def _attribute(module: torch.nn.Module, name: str) -> Any:
-    return next((value for item in module.modules() if (value := getattr(item, name, None)) is not None), None)
+def _candidates(module: torch.nn.Module, given: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every preparer with every set of options that may fit."""
+    merges = [*_numbers(module, "spatial_merge_size"), 1]
+    integers = [name for name, value in given.items() if not value.is_floating_point()]
+    for name in given:
+        yield "real_images", {"inputs": [name]}
+    for name in integers:
+        yield from (("vision_grid", options) for options in _grids(module, name, merges, integers))
+        for merge, size, patch in itertools.product(
+            merges, _numbers(module, "window_size"), _numbers(module, "patch_size")
+        ):
+            options = {"inputs": [name], "spatial_merge_size": merge, "window_size": size, "patch_size": patch}
+            yield "vision_windows", options
+        for merge in (*_pairs(module, "merge_kernel_size"), *_pairs(module, "merge_size"), (1, 1)):
+            yield "vision_blocks", {"inputs": [name], "merge": list(merge)}
+
+
+def _grids(module: torch.nn.Module, name: str, merges: list[int], integers: list[str]) -> Iterator[dict[str, Any]]:
+    per_picture = [other for other in integers if other != name]
+    flags = [
+        {},
+        {"merge_temporal": True},
+        {"include_temporal": True},
+        {"merge_temporal": True, "include_temporal": True},
+    ]
+    tables: list[dict[str, Any]] = [{}]
+    for side, align, mode, padding in itertools.product(
+        _numbers(module, "num_grid_per_side"), (False, True), ("bilinear", "bicubic"), ("border", "zeros")
+    ):
+        table: dict[str, Any] = {"num_grid_per_side": side, "align_corners": align}
+        table |= {"mode": mode} if mode != "bilinear" else {}
+        tables.append(table | ({"padding": padding} if padding != "border" else {}))
+    for table, merge, flag in itertools.product(tables, [*merges, *per_picture], flags):
+        inputs = [name, merge] if isinstance(merge, str) else [name]
+        yield {"inputs": inputs, "spatial_merge_size": merge, **table, **flag}
+
+
+def _numbers(module: torch.nn.Module, name: str) -> list[int]:
+    """The different whole numbers that parts of `module` call so."""
+    found = (getattr(item, name, None) for item in module.modules())
+    return list(dict.fromkeys(value for value in found if isinstance(value, int) and not isinstance(value, bool)))
+
+
+def _pairs(module: torch.nn.Module, name: str) -> list[tuple[int, int]]:
+    found = (getattr(item, name, None) for item in module.modules())
+    pairs = [(value, value) if isinstance(value, int) else value for value in found]
+    return list(
+        dict.fromkeys((pair[0], pair[1]) for pair in pairs if isinstance(pair, tuple | list) and len(pair) == 2)
+    )
 
 
 def _equal(found: np.ndarray, expected: torch.Tensor) -> bool:

@@ -1,12 +1,16 @@
 """Programs that take one picture (or frame) at a time: several are dealt out to several calls, the outputs joined.
 
 The option `pieces` of an input's source says how that input is divided: "each" takes one row per call, the name of an
-offsets input the rows between two of its numbers; the input marked "offsets" itself goes into no call. The option
-`equals` marks an input that goes into no call either: its numbers must all be that one.
+offsets input the rows between two of its numbers. A picture may go in at its own size: with `sizes`, the name of an
+input of heights and widths, the rest is padding and cut off; with `grid`, the name of an input of patch grids, a
+frame's rows become `[height, width, merge * merge, ...]` in blocks of `merge` x `merge`. The inputs marked "offsets",
+"sizes" and "grid" themselves go into no call. The option `equals` marks an input that goes into no call either: its
+numbers must all be that one.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +24,7 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     return tuple(
         item.name
         for item in entry.inputs
-        if item.source.options.get("pieces") != "offsets" and "equals" not in item.source.options
+        if item.source.options.get("pieces") not in ("offsets", "sizes", "grid") and "equals" not in item.source.options
     )
 
 
@@ -36,7 +40,7 @@ def call(
         if fixed is not None and not (inputs[item.name] == fixed).all():
             raise InputError(f"{item.name}: this bundle takes prompts whose {item.name} is {fixed} throughout")
     names = taken_inputs(entry)
-    divided = {item.name: item.source.options["pieces"] for item in entry.inputs if item.source.options.get("pieces")}
+    divided = {item.name: item.source.options for item in entry.inputs if item.source.options.get("pieces")}
     if not divided:
         return program({name: inputs[name] for name in names})
     results = [program(part) for part in _parts(names, divided, inputs)]
@@ -49,12 +53,31 @@ def call(
 
 
 def _parts(
-    names: tuple[str, ...], divided: Mapping[str, str], inputs: Mapping[str, Tensor]
+    names: tuple[str, ...], divided: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     rows = [name for name in names if name in divided]
-    by = divided[rows[0]]
+    by = divided[rows[0]]["pieces"]
     offsets = range(len(inputs[rows[0]]) + 1) if by == "each" else [int(offset) for offset in inputs[by]]
     if offsets[-1] != len(inputs[rows[0]]):
         raise InputError(f"{rows[0]} has {len(inputs[rows[0]])} rows, the pictures' grids have {offsets[-1]}")
-    for start, end in itertools.pairwise(offsets):
-        yield {name: inputs[name][start:end] if name in divided else inputs[name] for name in names}
+    for index, (start, end) in enumerate(itertools.pairwise(offsets)):
+        yield {
+            name: _shaped(inputs[name][start:end], index, divided[name], inputs) if name in divided else inputs[name]
+            for name in names
+        }
+
+
+def _shaped(part: Tensor, index: int, options: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The `index`-th picture or frame at its own size, where the options say how that is known."""
+    if "sizes" in options:
+        height, width = (int(size) for size in inputs[options["sizes"]][index])
+        if not (0 < height <= part.shape[-2] and 0 < width <= part.shape[-1]):
+            raise InputError(
+                f"{options['sizes']}: {height} x {width} for a picture of {part.shape[-2]} x {part.shape[-1]}"
+            )
+        return np.ascontiguousarray(part[..., :height, :width])
+    if "grid" in options:
+        grid, merge = np.asarray(inputs[options["grid"]]), int(options["merge"])
+        height, width = np.repeat(grid[:, 1:], grid[:, 0], axis=0)[index] // merge
+        return part.reshape(int(height), int(width), merge * merge, *part.shape[1:])
+    return part

@@ -5,6 +5,7 @@ Each rule is `rule(inputs, options) -> int64 array` over generation inputs as nu
 positions before it writes the rule's name into the manifest.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,47 +29,97 @@ def arange(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
 def mrope(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
     """Text positions over the three axes of multimodal rotary positions: `[4, batch, length]`.
 
-    Row 0 counts tokens as `cumsum` does. Rows 1 to 3 (time, height, width) count text tokens alike and give a picture's
-    tokens its patch grid, after which text goes on from the largest position: the numbering of Qwen2-VL
-    (https://arxiv.org/abs/2409.12191, section 2.1). `mm_token_type_ids` marks text 0, pictures 1. Without pictures all
-    rows are row 0.
+    Row 0 counts tokens as `cumsum` does; with the option `axes` 3 it isn't there. The others (time, height, width)
+    count text tokens alike and give a picture's tokens its patch grid, after which text goes on from the largest
+    position: the numbering of Qwen2-VL (https://arxiv.org/abs/2409.12191, section 2.1). `mm_token_type_ids` marks text
+    0, pictures 1; with the option `image_token_id` pictures are this token instead. Padding gets the option `padding`
+    (0) there. Without pictures all rows are row 0.
     """
-    if "mm_token_type_ids" not in inputs or "image_grid_thw" not in inputs:
-        return np.broadcast_to(cumsum(inputs, options), (4, *inputs["input_ids"].shape))
-    ids, kinds, grids = inputs["input_ids"], inputs["mm_token_type_ids"], iter(inputs.get("image_grid_thw", ()))
+    counted = cumsum(inputs, options)
+    kinds = _kinds(inputs, options)
+    if kinds is None:
+        axes = np.broadcast_to(counted, (3, *counted.shape))
+        return axes if options.get("axes") == 3 else np.broadcast_to(counted, (4, *counted.shape))
+    ids, grids = inputs["input_ids"], iter(inputs["image_grid_thw"])
     merge = int(options["spatial_merge_size"])
     mask = inputs["attention_mask"].astype(bool)
-    axes = np.zeros((3, *ids.shape), np.int64)
+    axes = np.full((3, *ids.shape), options.get("padding", 0), np.int64)
     for row in range(ids.shape[0]):
-        row_kinds, pieces, position, start = kinds[row][mask[row]], [], 0, 0
-        while start < len(row_kinds):
-            if row_kinds[start] == 0:
-                end = start + 1
-                while end < len(row_kinds) and row_kinds[end] == 0:
-                    end += 1
+        pieces, position = [], 0
+        for kind, start, end in _runs(kinds[row][mask[row]]):
+            if kind == 0:
                 pieces.append(np.broadcast_to(np.arange(end - start) + position, (3, end - start)))
                 position += end - start
-            elif row_kinds[start] == 1:
+                continue
+            while start < end:  # pictures side by side
                 time, height, width = (int(size) for size in next(grids))
                 height, width = height // merge, width // merge
-                end = start + time * height * width
+                start += time * height * width
                 pieces.append(np.indices((time, height, width)).reshape(3, -1) + position)
                 position += max(height, width)
-            else:
-                raise ValueError(f"mm_token_type_ids {int(row_kinds[start])} has no position rule")
-            start = end
-        axes[:, row, mask[row]] = np.concatenate(pieces, 1)[:, : len(row_kinds)]
-    return np.concatenate([cumsum(inputs, options)[None], axes])
+        axes[:, row, mask[row]] = np.concatenate(pieces, 1)[:, : mask[row].sum()]
+    return axes if options.get("axes") == 3 else np.concatenate([counted[None], axes])
+
+
+def mrope_in_place(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
+    """Positions over `axes` rows of multimodal rotary positions, pictures counted as text: `[axes, batch, length]`.
+
+    All rows count tokens as `cumsum` does, but a picture's tokens have their column, their row and the picture's number
+    in the last three. A picture has one more column than its patch grid, and may have a token before it and one after.
+    """
+    counted, kinds = cumsum(inputs, options), _kinds(inputs, options)
+    rows = np.array(np.broadcast_to(counted, (int(options["axes"]), *counted.shape)))
+    if kinds is None:
+        return rows
+    merge, number = int(options["spatial_merge_size"]), 0
+    mask = inputs["attention_mask"].astype(bool)
+    for row in range(len(kinds)):
+        places = np.flatnonzero(mask[row])
+        for kind, start, end in _runs(kinds[row][mask[row]]):
+            if kind == 0:
+                continue
+            _, height, width = (int(size) // merge for size in inputs["image_grid_thw"][number])
+            grid = np.indices((height, width + 1)).reshape(2, -1)
+            spare = end - start - grid.shape[1]
+            if spare not in (0, 2):
+                raise ValueError(f"a picture of {end - start} tokens, its patch grid says {grid.shape[1]}")
+            here = places[start + spare // 2 : end - spare // 2]
+            rows[-3, row, here], rows[-2, row, here], rows[-1, row, here] = grid[1], grid[0], number
+            number += 1
+    return rows
+
+
+def _kinds(inputs: Inputs, options: dict[str, Any]) -> np.ndarray | None:
+    """Text 0 and pictures 1, `[batch, length]`; None without pictures."""
+    if "image_grid_thw" not in inputs:
+        return None
+    if "image_token_id" in options:
+        return (inputs["input_ids"] == int(options["image_token_id"])).astype(np.int64)
+    return inputs.get("mm_token_type_ids")
+
+
+def _runs(kinds: np.ndarray) -> list[tuple[int, int, int]]:
+    """Kind, beginning and end of each run of one kind."""
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    runs = [(int(kinds[start]), start, end) for start, end in itertools.pairwise(edges) if end > start]
+    unknown = [kind for kind, _, _ in runs if kind not in (0, 1)]
+    if unknown:
+        raise ValueError(f"mm_token_type_ids {unknown[0]} has no position rule")
+    return runs
 
 
 POSITION_RULES: dict[str, Callable[[Inputs, dict[str, Any]], np.ndarray]] = {
     "cumsum": cumsum,
     "arange": arange,
     "mrope": mrope,
+    "mrope_in_place": mrope_in_place,
 }
 
 # The generation inputs, besides text, that a rule reads where they are given.
-POSITION_INPUTS: dict[str, tuple[str, ...]] = {"mrope": ("mm_token_type_ids", "image_grid_thw")}
+POSITION_INPUTS: dict[str, tuple[str, ...]] = {
+    "mrope": ("mm_token_type_ids", "image_grid_thw"),
+    "mrope_in_place": ("mm_token_type_ids", "image_grid_thw"),
+}
 
 
 def position_ids(rule: str, inputs: Inputs, options: dict[str, Any]) -> np.ndarray:

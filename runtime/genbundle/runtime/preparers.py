@@ -22,52 +22,130 @@ def real_images(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray
 def vision_grid(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a packed vision tower needs to know of its patch grids `[pictures, 3]` (time, height, width).
 
-    cu_seqlens: int32, where each frame's patches begin and end. position_ids: `[patches, 2]`, row and column in the
-    order of the merge blocks. interp_indices, interp_weights: `[patches, 4]`, the bilinear taps into a square table of
-    learned positions. After transformers' vision_utils.py.
+    cu_seqlens: int32, where each frame's patches begin and end, or each clip's with `merge_temporal`. position_ids:
+    `[patches, 2]`, row and column in the order of the merge blocks; with `include_temporal` `[patches, 3]`, the frame
+    first. interp_indices, interp_weights: `[patches, taps]` into a square table of learned positions, 4 taps for
+    `mode` "bilinear" (the default) and 16 for "bicubic"; `padding` "zeros" gives taps beyond it no weight. The option
+    `spatial_merge_size` may be the name of an input with one number per picture. After transformers' vision_utils.py.
     """
     grids = inputs[options["inputs"][0]].astype(np.int64)
-    merge = int(options["spatial_merge_size"])
-    if (grids < 1).any() or (grids[:, 1:] % merge).any():
-        raise ValueError(f"patch grids of at least 1, heights and widths multiples of {merge}, got {grids.tolist()}")
-    frames = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
-    result = {"cu_seqlens": np.concatenate([[0], frames.cumsum()])}
-    positions = np.concatenate([_merge_order(time, height, width, merge) for time, height, width in grids.tolist()])
-    result["position_ids"] = positions
+    merge = options["spatial_merge_size"]
+    merges = inputs[merge].astype(np.int64).reshape(-1) if isinstance(merge, str) else np.full(len(grids), int(merge))
+    _check_grids(grids, merges[:, None])
+    sizes, frames = grids[:, 1] * grids[:, 2], grids[:, 0]
+    lengths = sizes * frames if options.get("merge_temporal") else np.repeat(sizes, frames)
+    result = {"cu_seqlens": np.concatenate([[0], lengths.cumsum()])}
+    positions = np.concatenate(
+        [_merge_order(grid, factor) for grid, factor in zip(grids.tolist(), merges.tolist(), strict=True)]
+    )
+    result["position_ids"] = positions if options.get("include_temporal") else positions[:, 1:]
     side = int(options.get("num_grid_per_side", 0))
     if side:
         counts = grids.prod(axis=1)
-        heights, widths = np.repeat(grids[:, 1], counts), np.repeat(grids[:, 2], counts)
-        align = bool(options["align_corners"])
-        rows, row_weights = _taps(positions[:, 0], heights, side, align)
-        columns, column_weights = _taps(positions[:, 1], widths, side, align)
-        result["interp_indices"] = (rows[:, :, None] * side + columns[:, None, :]).reshape(-1, 4)
-        result["interp_weights"] = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, 4)
+        taps = []
+        for axis in (1, 2):
+            size = np.repeat(grids[:, axis], counts)
+            taps.append(_taps(positions[:, axis], size, side, options))
+        (rows, row_weights), (columns, column_weights) = taps
+        count = rows.shape[1] ** 2
+        result["interp_indices"] = (rows[:, :, None] * side + columns[:, None, :]).reshape(-1, count)
+        result["interp_weights"] = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, count)
     return result
 
 
-def _merge_order(time: int, height: int, width: int, merge: int) -> np.ndarray:
-    """Row and column of every patch `[time * height * width, 2]`, block after block of `merge` x `merge` patches."""
-    grid = np.moveaxis(np.indices((height, width)), 0, -1)
-    blocks = grid.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
-    return np.tile(blocks.reshape(-1, 2), (time, 1))
+def vision_windows(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The order in which a tower with windowed attention takes its merge blocks, and where windows begin and end.
+
+    window_index: `[blocks]`. cu_window_seqlens: int32, in patches. After transformers' `get_vision_window_index`.
+    """
+    grids = inputs[options["inputs"][0]].astype(np.int64)
+    merge = int(options["spatial_merge_size"])
+    _check_grids(grids, merge)
+    window = int(options["window_size"]) // merge // int(options["patch_size"])
+    order, lengths, start = [], [], 0
+    for time, height, width in grids.tolist():
+        rows, columns = height // merge, width // merge
+        index = np.arange(start, start + time * rows * columns).reshape(time, rows, columns)
+        for frame in index:
+            for top in range(0, rows, window):
+                for left in range(0, columns, window):
+                    block = frame[top : top + window, left : left + window].ravel()
+                    order.append(block)
+                    lengths.append(len(block) * merge * merge)
+        start += index.size
+    return {
+        "window_index": np.concatenate(order),
+        "cu_window_seqlens": np.concatenate([[0], np.cumsum(lengths)]),
+    }
 
 
-def _taps(index: np.ndarray, size: np.ndarray, side: int, align_corners: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The two table rows that each index of an axis of `size` lies between, and their weights, in float32 as torch."""
+def vision_blocks(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """How patches in rows come together in merge blocks of `merge` (height, width) patches.
+
+    pixel_shuffle_index: `[patches]`, block after block. temporal_merge_index: `[blocks, frames, patches of a block]`, a
+    clip's frames side by side; clips of one length only. frame_index: `[patches]`, a clip's frames from 1 on, pictures
+    0.
+    """
+    grids = inputs[options["inputs"][0]].astype(np.int64)
+    high, wide = (int(size) for size in options["merge"])
+    _check_grids(grids, np.array([high, wide]))
+    shuffled, merged, frames, start = [], [], [], 0
+    for time, height, width in grids.tolist():
+        index = np.arange(start, start + time * height * width)
+        blocks = index.reshape(time, height // high, high, width // wide, wide).transpose(0, 1, 3, 2, 4)
+        shuffled.append(blocks.ravel())
+        merged.append(np.moveaxis(blocks.reshape(time, -1, high * wide), 0, 1))
+        frames.append(np.repeat(np.arange(time) + (time > 1), height * width))
+        start += index.size
+    result = {"pixel_shuffle_index": np.concatenate(shuffled), "frame_index": np.concatenate(frames)}
+    if len(set(grids[:, 0].tolist())) == 1:
+        result["temporal_merge_index"] = np.concatenate(merged)
+    return result
+
+
+def _check_grids(grids: np.ndarray, merge: Any) -> None:
+    if (grids < 1).any() or (grids[:, 1:] % merge).any():
+        factors = np.ravel(merge).tolist()
+        raise ValueError(f"patch grids of at least 1, sides that are multiples of {factors}, got {grids.tolist()}")
+
+
+def _merge_order(grid: list[int], merge: int) -> np.ndarray:
+    """Frame, row and column of every patch `[patches, 3]`, block after block of `merge` x `merge` patches."""
+    time, height, width = grid
+    places = np.moveaxis(np.indices((time, height, width)), 0, -1)
+    blocks = places.reshape(time, height // merge, merge, width // merge, merge, 3).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(-1, 3)
+
+
+def _taps(index: np.ndarray, size: np.ndarray, side: int, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The table rows that each index of an axis of `size` is made of, and their weights, in float32 as torch."""
     place = index.astype(np.float32)
-    if align_corners:
+    if options["align_corners"]:
         source = place * np.float32(side - 1) / np.maximum(size - 1, 1).astype(np.float32)
     else:
         source = (place + np.float32(0.5)) * np.float32(side) / size.astype(np.float32) - np.float32(0.5)
     floor = np.floor(source)
-    offsets = np.arange(2)
-    taps = np.clip(floor.astype(np.int64)[:, None] + offsets, 0, side - 1)
+    bicubic = options.get("mode", "bilinear") == "bicubic"
+    offsets = np.arange(-1, 3) if bicubic else np.arange(2)
+    raw = floor.astype(np.int64)[:, None] + offsets
+    taps = np.clip(raw, 0, side - 1)
     distance = np.abs(source[:, None] - floor[:, None] - offsets.astype(np.float32))
-    return taps, np.maximum(1 - distance, 0).astype(np.float32)
+    if bicubic:
+        # Keys' kernel with a = -0.75.
+        a = np.float32(-0.75)
+        near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weights = np.where(distance <= 1, near, far)
+    else:
+        weights = np.maximum(1 - distance, 0)
+    if options.get("padding") == "zeros":
+        weights = weights * ((raw >= 0) & (raw <= side - 1))
+    return taps, weights.astype(np.float32)
 
 
 PREPARERS: dict[str, Callable[[Inputs, dict[str, Any]], dict[str, np.ndarray]]] = {
     "real_images": real_images,
     "vision_grid": vision_grid,
+    "vision_windows": vision_windows,
+    "vision_blocks": vision_blocks,
 }

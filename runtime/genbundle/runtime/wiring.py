@@ -191,7 +191,7 @@ class _Call:
         self.wiring, self.inputs, self.sequences, self.tokens, self.first = wiring, inputs, sequences, tokens, first
         self.values: dict[str, Tensor] = {}
         self.positions: dict[str, np.ndarray] = {}
-        self.prepared: dict[str, dict[str, np.ndarray]] = {}
+        self.prepared: dict[tuple[str, str], dict[str, np.ndarray]] = {}
 
     def run(self, names: Iterable[str]) -> np.ndarray:
         """Run the programs; the logits of the last position, `[batch, vocabulary]`."""
@@ -258,13 +258,14 @@ class _Call:
 
     def _prepare(self, source: Source) -> dict[str, np.ndarray]:
         rule = source.rule or ""
-        if rule not in self.prepared:
+        key = rule, repr(source.options)
+        if key not in self.prepared:
             missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
             if missing:
                 raise InputError(f"the prompt needs the input {missing[0]!r}, which was not given")
             with _refusing(f"the program's inputs ({rule})"):
-                self.prepared[rule] = PREPARERS[rule](self.inputs, source.options)
-        return self.prepared[rule]
+                self.prepared[key] = PREPARERS[rule](self.inputs, source.options)
+        return self.prepared[key]
 
     def _check_placeholders(self, entry: ProgramEntry, outputs: Mapping[str, Any]) -> None:
         """Refuse a prompt whose placeholder tokens aren't as many as the features that take their place."""
