@@ -31,3 +31,9 @@ def test_packed_patches_follow_their_grids():
     first, second = single_rows(batch(patches=np.arange(16).reshape(8, 2), image_grid_thw=grids))
     assert first["patches"].shape == (2, 2) and second["patches"].shape == (6, 2)
     assert first["image_grid_thw"].tolist() == [[1, 1, 2]]
+
+
+def test_an_encoders_tokens_keep_their_padding():
+    first, second = single_rows(batch(decoder_input_ids=np.array([[3, 1], [3, 2]]), features=np.arange(4)))
+    assert first["input_ids"].tolist() == [[0, 0, 5, 6]] and first["attention_mask"].tolist() == [[0, 0, 1, 1]]
+    assert second["decoder_input_ids"].tolist() == [[3, 2]] and second["features"].tolist() == [2, 3]

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from genbundle.builder.components import Component
 from genbundle.builder.encoder_decoder import encoder_decoder_components
 from genbundle.builder.exporting import first_line, quiet
 from genbundle.builder.formats import Exported
@@ -32,7 +33,7 @@ from genbundle.builder.turns import turn_components
 from genbundle.builder.verify import GOLDEN_LOGITS, record
 from genbundle.bundles import BuildError, Bundle, EngineError, UnsupportedModelError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
-from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest, Verification
+from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Flow, Images, Manifest, Verification
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
 from genbundle.runtime import load_bundle
@@ -172,6 +173,23 @@ def _export(
     )
 
 
+def _components(
+    model: PreTrainedModel, captures: list[Capture], capacity: int | None, *, fuse: bool
+) -> tuple[list[Component], Flow, tuple[str, ...]]:
+    """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
+    if model.config.is_encoder_decoder:
+        return *encoder_decoder_components(model, captures, capacity), ()
+    if any("mm_encoder_outputs" in item.prompt for item in captures):
+        plan, text_alone = make_plan(model, captures), generates_from_text_alone(model)
+        return *image_text_components(model, plan, captures, fuse=fuse, capacity=capacity, text_alone=text_alone), ()
+    try:
+        plan = make_plan(model, captures)
+    except UnsupportedModelError as error:
+        components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
+        return components, replace(flow, capacity=capacity), notes
+    return *text_components(model, plan, captures, fuse=fuse, capacity=capacity), ()
+
+
 def _explicit(
     format_name: str,
     model: PreTrainedModel,
@@ -182,54 +200,70 @@ def _explicit(
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
     announce("explain")
-    fuse = format_name == "cpu"
-    notes: tuple[str, ...] = ()
-    if model.config.is_encoder_decoder:
-        components, flow = encoder_decoder_components(model, captures, capacity)
-    elif any("mm_encoder_outputs" in item.prompt for item in captures):
-        components, flow = image_text_components(
-            model,
-            make_plan(model, captures),
-            captures,
-            fuse=fuse,
-            capacity=capacity,
-            text_alone=generates_from_text_alone(model),
-        )
-    else:
-        try:
-            plan = make_plan(model, captures)
-        except UnsupportedModelError as error:
-            components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
-            flow = replace(flow, capacity=capacity)
-        else:
-            components, flow = text_components(model, plan, captures, fuse=fuse, capacity=capacity)
+    components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 
         exported = export_torch(components, folder, announce)
     else:
         exported = export_onnx(components, folder, format_name, announce)
+    return _with_flow(exported, flow, notes)
+
+
+def _with_flow(exported: Exported, flow: Flow, notes: tuple[str, ...]) -> Exported:
+    """`exported` called by `flow`, without routes through programs that it doesn't have."""
     there = {program.name for program in exported.programs}
     routes = tuple(route for route in flow.prompt if there.issuperset(route.programs))
     return replace(exported, flow=replace(flow, prompt=routes), notes=(*exported.notes, *notes))
 
 
-def _stateful(
+def _executorch(
     model: PreTrainedModel,
     captures: list[Capture],
     capacity: int | None,
     folder: Path,
     announce: Callable[[str], None],
 ) -> Exported:
-    """The backend whose program keeps its state inside: one .pte for ExecuTorch."""
-    from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
+    """One .pte for ExecuTorch: with its state inside, or, for a model that can't have that, in and out of it."""
+    from genbundle.builder.formats.executorch import PROGRAM_FILE
+    from genbundle.builder.formats.executorch_explicit import export_explicit
 
     announce("explain")
+    size = capacity or _XNNPACK_MAX_LENGTH
+    try:
+        return _stateful(model, captures, size, folder, announce)
+    except UnsupportedModelError as error:
+        refusal = error
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        refusal = UnsupportedModelError(
+            f"{type(model).__name__} can't be run with a cache of its own: {first_line(error)}"
+        )
+    try:
+        components, flow, notes = _components(model, captures, size, fuse=False)
+        exported = export_explicit(components, size, folder / PROGRAM_FILE, announce)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
+    exported = _with_flow(exported, replace(flow, batch=1), notes)
+    note = (
+        "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "
+        f"it can't be kept inside the program ({refusal})"
+    )
+    return replace(exported, notes=(note, *exported.notes))
+
+
+def _stateful(
+    model: PreTrainedModel, captures: list[Capture], capacity: int, folder: Path, announce: Callable[[str], None]
+) -> Exported:
+    """One .pte that keeps its state inside."""
+    from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
+
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} has an encoder and a decoder")
     plan = make_plan(model, captures)
     announce("export the methods")
     return export_executorch(
         model,
-        max_length=capacity or _XNNPACK_MAX_LENGTH,
+        max_length=capacity,
         eos_token_ids=describe_generation(model).eos_token_ids,
         captures=captures,
         positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
@@ -241,7 +275,7 @@ _FORMATS: dict[str, Callable[..., Exported]] = {
     "cpu": partial(_explicit, "cpu"),
     "cuda": partial(_explicit, "cuda"),
     "torch": partial(_explicit, "torch"),
-    "xnnpack": _stateful,
+    "xnnpack": _executorch,
 }
 
 

@@ -58,23 +58,26 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 class _ProgramExporter(DynamoExporter):
     """Upstream's exporter, with a look at the program before anything is made of it."""
 
-    def __init__(self, axes: Axes):
+    def __init__(self, axes: Axes, most: Mapping[str, int] | None = None):
         super().__init__()
-        self._axes = axes
+        self._axes, self._most = axes, most or {}
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
-        _expect_free(program, self._axes)
+        _expect_free(program, self._axes, self._most)
         return program, metadata
 
 
-class _GraphExporter(OnnxExporter, _ProgramExporter):
+class _GraphExporter(OnnxExporter, _ProgramExporter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The same for ONNX, whose exporter converts what the one before it gives."""
 
 
-def _expect_free(program: Any, axes: Axes) -> None:
-    """UnsupportedModelError where the model's code fixed or bounded an axis that has to vary."""
+def _expect_free(program: Any, axes: Axes, asked: Mapping[str, int]) -> None:
+    """UnsupportedModelError where the model's code fixed an axis that has to vary, or bounded it below what is asked.
+
+    asked: the largest size of the axes of a name, where there shall be one.
+    """
     inputs = {node.target: node for node in program.graph.nodes if node.op == "placeholder"}
     for name, named in axes.items():
         node = inputs.get(name)
@@ -84,20 +87,28 @@ def _expect_free(program: Any, axes: Axes) -> None:
             size = node.meta["val"].shape[axis]
             known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
             most = size if isinstance(size, int) else None if known is None else known.upper
-            if most is not None and most < _UNBOUNDED:
+            if most is not None and most < asked.get(symbol, _UNBOUNDED):
                 how = f"fixed at {most}" if isinstance(size, int) else f"at most {most}"
                 raise UnsupportedModelError(
                     f"axis {axis} ({symbol}) of the input {name!r} is {how} by the model's code"
                 )
 
 
-def to_exported_program(module: Any, sample: dict[str, torch.Tensor], axes: Axes) -> Any:
-    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only."""
+def to_exported_program(
+    module: Any, sample: dict[str, torch.Tensor], axes: Axes, most: Mapping[str, int] | None = None
+) -> Any:
+    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only.
+
+    most: the largest size of the axes of a name, where an engine plans its memory by them; without it there is none.
+    """
     # A copy of the sample, here and below: upstream's preparation writes into the dict that it is given.
     return _dynamic(
         sample,
         axes,
-        lambda shapes: _ProgramExporter(axes).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program,
+        lambda shapes: (
+            _ProgramExporter(axes, most or {}).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program
+        ),
+        most or {},
     )
 
 
@@ -111,17 +122,20 @@ def to_onnx(module: Any, sample: dict[str, torch.Tensor], axes: Axes, provider: 
             .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
             .program
         ),
+        {},
     )
 
 
-def _dynamic(sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[dict], Any]) -> Any:
+def _dynamic(
+    sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[dict], Any], most: Mapping[str, int]
+) -> Any:
     """`export` with the axes' shapes: first with one symbol for the axes of one name, which spares the solver most of
     its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
     solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
     """
     with quiet():
         try:
-            return export(_shapes(sample, axes, FREE_AXES))
+            return export(_shapes(sample, axes, FREE_AXES, most))
         except Exception as error:  # upstream wraps what torch raises
             causes = [str(item) for item in (error, error.__cause__, error.__context__)]
             fixed = next((line for text in causes for line in text.splitlines() if "to be a constant" in line), None)
@@ -129,18 +143,19 @@ def _dynamic(sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[d
                 raise UnsupportedModelError(f"the model's code fixes a size: {fixed.strip(' -')}") from error
             if not any("Constraints violated" in text for text in causes):
                 raise
-        return export(_shapes(sample, axes, frozenset()))
+        return export(_shapes(sample, axes, frozenset(), most))
 
 
-def _shapes(sample: Mapping[str, torch.Tensor], axes: Axes, free: frozenset[str]) -> dict[str, dict[int, Any]]:
+def _shapes(
+    sample: Mapping[str, torch.Tensor], axes: Axes, free: frozenset[str], most: Mapping[str, int]
+) -> dict[str, dict[int, Any]]:
     # Any other axis may follow from others (total = past + new), which torch.export derives but refuses of a symbol of
     # its own.
     names = {symbol for item in axes.values() for symbol in item.values()}
-    symbols = {symbol: torch.export.Dim(symbol) for symbol in names & free}
-    return {
-        name: {axis: symbols.get(symbol, torch.export.Dim.AUTO) for axis, symbol in axes.get(name, {}).items()}
-        for name in sample
-    }
+    auto = torch.export.Dim.AUTO
+    symbols: dict[str, Any] = {name: auto(max=most[name]) if name in most else auto for name in names - free}
+    symbols |= {name: torch.export.Dim(name, max=most.get(name)) for name in names & free}
+    return {name: {axis: symbols[symbol] for axis, symbol in axes.get(name, {}).items()} for name in sample}
 
 
 def first_line(error: BaseException) -> str:

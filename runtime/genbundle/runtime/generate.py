@@ -154,19 +154,22 @@ def padding_token(options: GenerationOptions) -> int:
 def single_rows(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """A batch as separate unpadded sequences, for programs that take one at a time.
 
-    Other inputs are dealt out evenly along their first axis, packed patches by their patch grids `[pictures, 3]`, of
-    which each sequence has as many; InputError where that isn't possible.
+    An encoder's tokens keep their padding, which it masks itself. Other inputs are dealt out evenly along their first
+    axis, packed patches by their patch grids `[pictures, 3]`, of which each sequence has as many; InputError where that
+    isn't possible.
     """
-    ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    ids, mask = token_ids(inputs), token_mask(inputs).astype(bool)
+    names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
     grids = [array for array in inputs.values() if array.ndim == 2 and array.shape[1] == 3 and array.dtype.kind in "iu"]
     rows = []
     for row in range(len(ids)):
-        single = {"input_ids": ids[row, mask[row]][None], "attention_mask": np.ones((1, mask[row].sum()), np.int64)}
+        of_tokens = (ids[row, mask[row]][None], np.ones((1, mask[row].sum()), np.int64))
+        single: dict[str, np.ndarray] = dict(zip(names, of_tokens, strict=False))
         for name, array in inputs.items():
             if name in single:
                 continue
             packed = next((grid for grid in grids if array.ndim and grid.prod(axis=1).sum() == len(array)), None)
-            if array.shape == ids.shape:
+            if array.shape == ids.shape and "input_ids" in single:
                 single[name] = array[row, mask[row]][None]
             elif packed is not None and packed is not array and len(packed) % len(ids) == 0:
                 ends = np.concatenate([[0], packed.prod(axis=1).cumsum()])[:: len(packed) // len(ids)]

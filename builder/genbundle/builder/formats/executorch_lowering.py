@@ -42,15 +42,53 @@ class ExactGeluConfig(GeluConfig):
         return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
 
 
+class ProductPartitioner(XnnpackPartitioner):
+    """Hands XNNPACK the parts that hold a matrix product or a convolution, and no others.
+
+    Every part costs a good second of lowering, and a call at run time that only products pay for; a decoder whose state
+    goes in and out falls into dozens.
+    """
+
+    _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
+
+    def generate_partitions(self, ep: torch.export.ExportedProgram) -> list[Any]:
+        """The parts, without those that only move or add."""
+        return [part for part in super().generate_partitions(ep) if any(map(self._is_product, part.nodes))]
+
+    def ops_to_not_decompose(self, ep: torch.export.ExportedProgram) -> tuple[list[Any], None]:
+        """The operators that XNNPACK takes whole, wherever they stand in `ep`.
+
+        The answer upstream gives, a check for each node, makes ExecuTorch trace the program once more.
+        """
+        operators, takes = super().ops_to_not_decompose(ep)
+        refused = {node.target for node in ep.graph.nodes if takes is not None and not takes(node)}
+        return [operator for operator in operators if operator not in refused], None
+
+    def _is_product(self, node: torch.fx.Node) -> bool:
+        return node.op == "call_function" and str(node.target).split(".")[-2] in self._PRODUCTS
+
+
 def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> None:
     """What `executorch.lower` does, with ExecuTorch imported."""
-    programs = {name: _export(name, method) for name, method in methods.items()}
+    lower_programs({name: _export(name, method) for name, method in methods.items()}, constants, path)
+
+
+def lower_programs(
+    programs: Mapping[str, torch.export.ExportedProgram],
+    constants: Mapping[str, Any],
+    path: Path,
+    partitioner: type[XnnpackPartitioner] = XnnpackPartitioner,
+) -> None:
+    """Lower exported programs, by the names of their methods, and write them to `path` as one .pte.
+
+    partitioner: says which parts XNNPACK gets.
+    """
     configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
     try:
         with _uncopied(programs.values()):
             edge = to_edge_transform_and_lower(
-                programs,
-                partitioner=[XnnpackPartitioner(configs)],
+                dict(programs),
+                partitioner=[partitioner(configs)],
                 constant_methods=dict(constants),
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             )
@@ -63,7 +101,7 @@ def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path
             )
     except Exception as error:
         raise UnsupportedModelError(
-            f"ExecuTorch can't lower the methods {', '.join(methods)}: {_first_line(error)}: build for another "
+            f"ExecuTorch can't lower the methods {', '.join(programs)}: {_first_line(error)}: build for another "
             "backend, for instance cpu"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)

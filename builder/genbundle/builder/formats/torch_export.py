@@ -25,7 +25,7 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
     pool, programs, states, reads = WeightPool(), [], {}, {}
     notes: list[str] = []
     for component, exported in lower_each(components, _lower, progress, notes):
-        programs.append(_describe(exported, component, states))
+        programs.append(describe_program(component, states, file=f"{component.name}.pt2"))
         reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
         _save(exported, folder / f"{component.name}.pt2")
     progress("write weights")
@@ -59,7 +59,10 @@ def relax_lower_bounds(exported: Any) -> None:
             del ranges[symbol]
 
 
-def _describe(exported: Any, component: Component, states: dict[str, State]) -> Program:
+def describe_program(
+    component: Component, states: dict[str, State], *, file: str, method: str | None = None
+) -> Program:
+    """The manifest's entry of a component's program in `file`; the state that it reads is added to `states`."""
     for name, source in component.sources.items():
         if source.kind == "state":
             axes = component.axes[name]
@@ -77,7 +80,8 @@ def _describe(exported: Any, component: Component, states: dict[str, State]) -> 
     )
     return Program(
         name=component.name,
-        file=f"{component.name}.pt2",
+        file=file,
+        method=method,
         roles=component.roles,
         modality=component.modality,
         inputs=describe_inputs(component, set(component.sample), lambda name: name),

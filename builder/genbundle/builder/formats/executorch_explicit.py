@@ -1,0 +1,114 @@
+"""The `xnnpack` backend's second way: programs that take and return their state, as methods of one .pte.
+
+For every model whose decoder can't own its cache (formats/executorch.py): the components are those of the ONNX and
+torch.export backends, for one sequence at a time, with a bound for every axis that varies, by which ExecuTorch plans
+its memory. ExecuTorch's own runners don't run such a .pte; this runtime does.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genbundle.builder.components import Component
+from genbundle.builder.exporting import to_exported_program
+from genbundle.builder.formats import Exported, Progress, lower_each
+from genbundle.builder.formats.torch_export import describe_program
+from genbundle.builder.noise import quiet
+from genbundle.bundles import MissingExtraError, UnsupportedModelError
+from genbundle.bundles.manifest import State
+
+# Axes that don't count tokens (frames, patches) may be this many times as long as in the captured inputs.
+_LONGER = 4
+
+
+def export_explicit(components: Iterable[Component], capacity: int, path: Path, progress: Progress) -> Exported:
+    """Write `components` as the methods of one .pte to `path`.
+
+    capacity: the most tokens (prompt and generated).
+
+    Raises UnsupportedModelError, naming the component, for one that torch.export or ExecuTorch can't take, and
+    MissingExtraError without ExecuTorch.
+    """
+    try:
+        from genbundle.builder.formats.executorch_lowering import ProductPartitioner, lower_programs
+    except ImportError as error:
+        raise MissingExtraError("building an xnnpack bundle", "executorch", "builder") from error
+    rows = [one_sequence(component) for component in components]
+    most = largest_sizes(rows, capacity)
+    notes: list[str] = []
+    lowered = list(lower_each(rows, lambda item: _export(item, most), progress, notes))
+    progress("lower to ExecuTorch")
+    lower = partial(lower_programs, constants={}, path=path, partitioner=ProductPartitioner)
+    with quiet():
+        lowered = _lower(lowered, lower, notes)
+    states: dict[str, State] = {}
+    programs = []
+    for component, exported in lowered:
+        entry = describe_program(component, states, file=path.name, method=component.name)
+        order = {name: place for place, name in enumerate(exported.graph_signature.user_inputs)}
+        inputs = sorted(entry.inputs, key=lambda item: order.get(item.name, len(order)))
+        programs.append(replace(entry, inputs=tuple(inputs)))
+    return Exported(programs=tuple(programs), state=tuple(states.values()), notes=tuple(notes))
+
+
+def one_sequence(component: Component) -> Component:
+    """`component` for one sequence: its batch axes are 1 and no longer dynamic."""
+
+    def row(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for axis, symbol in component.axes.get(name, {}).items():
+            if symbol == "batch":
+                tensor = tensor.narrow(axis, 0, 1)
+        return tensor.contiguous()
+
+    axes = {
+        name: {axis: symbol for axis, symbol in each.items() if symbol != "batch"}
+        for name, each in component.axes.items()
+    }
+    sample = {name: row(name, tensor) for name, tensor in component.sample.items()}
+    return replace(component, sample=sample, axes=axes)
+
+
+def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, int]:
+    """The largest size of the axes of each name: the capacity, or a multiple of the sample's size if that is long."""
+    sizes: dict[str, int] = {}
+    for component in components:
+        for name, axes in component.axes.items():
+            for axis, symbol in axes.items():
+                found = component.sample[name].shape[axis] if name in component.sample else 0
+                sizes[symbol] = max(sizes.get(symbol, capacity), found * _LONGER if found > capacity // 2 else 0)
+    return sizes
+
+
+def _export(component: Component, most: Mapping[str, int]) -> Any:
+    with torch.no_grad():
+        exported = to_exported_program(component.module, component.sample, component.axes, most)
+    return exported
+
+
+def _lower(
+    lowered: list[tuple[Component, Any]], lower: Callable[[dict[str, Any]], None], notes: list[str]
+) -> list[tuple[Component, Any]]:
+    """Write the methods; the ones that are in the file, which is all but optional ones that can't be lowered."""
+    try:
+        lower({component.name: exported for component, exported in lowered})
+    except UnsupportedModelError:
+        # Together they fail without a word on which of them it was.
+        able = []
+        for component, exported in lowered:
+            try:
+                lower({component.name: exported})
+            except UnsupportedModelError as error:
+                if not component.optional:
+                    raise
+                notes.append(f"done without a program of its own: {error}")
+            else:
+                able.append((component, exported))
+        if len(able) == len(lowered):
+            raise
+        lower({component.name: exported for component, exported in able})
+        return able
+    return lowered
