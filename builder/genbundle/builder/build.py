@@ -201,6 +201,7 @@ def _explicit(
     """The backends whose programs take and return their state: ONNX and torch.export."""
     announce("explain")
     components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
+    components = [replace(component, longest=capacity) for component in components]
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 

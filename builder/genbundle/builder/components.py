@@ -17,8 +17,8 @@ class Component:
     axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
     in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
-    known beforehand that an optional one can't. guides: inputs in the manifest that steer the runtime's calls and
-    aren't the program's.
+    known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. guides:
+    inputs in the manifest that steer the runtime's calls and aren't the program's.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Component:
     fusions: bool = True
     optional: bool = False
     obstacle: str | None = None
+    longest: int | None = None
     guides: Mapping[str, Input] = field(default_factory=dict)
 
 

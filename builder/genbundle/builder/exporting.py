@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FREE_AXES = frozenset({"batch", "sequence", "past"})
 _UNBOUNDED = 2**31
+_LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
 Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 
 
@@ -58,14 +59,14 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 class _ProgramExporter(DynamoExporter):
     """Upstream's exporter, with a look at the program before anything is made of it."""
 
-    def __init__(self, axes: Axes, most: Mapping[str, int] | None = None):
+    def __init__(self, axes: Axes, longest: int | None):
         super().__init__()
-        self._axes, self._most = axes, most or {}
+        self._axes, self._longest = axes, longest
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
-        _expect_free(program, self._axes, self._most)
+        _expect_free(program, self._axes, self._longest)
         return program, metadata
 
 
@@ -73,11 +74,8 @@ class _GraphExporter(OnnxExporter, _ProgramExporter):  # pyright: ignore[reportI
     """The same for ONNX, whose exporter converts what the one before it gives."""
 
 
-def _expect_free(program: Any, axes: Axes, asked: Mapping[str, int]) -> None:
-    """UnsupportedModelError where the model's code fixed an axis that has to vary, or bounded it below what is asked.
-
-    asked: the largest size of the axes of a name, where there shall be one.
-    """
+def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
+    """UnsupportedModelError where the model's code fixed an axis that has to vary, or one of tokens below `longest`."""
     inputs = {node.target: node for node in program.graph.nodes if node.op == "placeholder"}
     for name, named in axes.items():
         node = inputs.get(name)
@@ -85,19 +83,29 @@ def _expect_free(program: Any, axes: Axes, asked: Mapping[str, int]) -> None:
             continue
         for axis, symbol in named.items():
             size = node.meta["val"].shape[axis]
-            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
-            most = size if isinstance(size, int) else None if known is None else known.upper
-            if most is not None and most < asked.get(symbol, _UNBOUNDED):
-                how = f"fixed at {most}" if isinstance(size, int) else f"at most {most}"
+            if isinstance(size, int):
                 raise UnsupportedModelError(
-                    f"axis {axis} ({symbol}) of the input {name!r} is {how} by the model's code"
+                    f"axis {axis} ({symbol}) of its input {name!r} is fixed at {size} by the model's code"
+                )
+            known = program.range_constraints.get(size.node.expr)
+            if known is None or known.upper >= _UNBOUNDED or symbol.partition("_")[0] not in _LENGTHS:
+                continue
+            if longest is None or known.upper < longest:
+                raise UnsupportedModelError(
+                    f"axis {axis} ({symbol}) of its input {name!r} is at most {known.upper} by the model's code, and "
+                    f"the bundle is for {'any length' if longest is None else f'up to {longest} tokens'}: "
+                    "give a smaller max_length"
                 )
 
 
 def to_exported_program(
-    module: Any, sample: dict[str, torch.Tensor], axes: Axes, most: Mapping[str, int] | None = None
+    module: Any,
+    sample: dict[str, torch.Tensor],
+    axes: Axes,
+    longest: int | None,
+    most: Mapping[str, int] | None = None,
 ) -> Any:
-    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only.
+    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only, for up to `longest` tokens.
 
     most: the largest size of the axes of a name, where an engine plans its memory by them; without it there is none.
     """
@@ -106,19 +114,21 @@ def to_exported_program(
         sample,
         axes,
         lambda shapes: (
-            _ProgramExporter(axes, most or {}).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program
+            _ProgramExporter(axes, longest).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program
         ),
         most or {},
     )
 
 
-def to_onnx(module: Any, sample: dict[str, torch.Tensor], axes: Axes, provider: str | None) -> "onnx_ir.Model":
-    """`module(**sample)` as an ONNX model, dynamic along `axes` only, fused for `provider` ("cpu", "cuda" or None)."""
+def to_onnx(
+    module: Any, sample: dict[str, torch.Tensor], axes: Axes, longest: int | None, provider: str | None
+) -> "onnx_ir.Model":
+    """The same as an ONNX model, fused for `provider` ("cpu", "cuda" or None)."""
     return _dynamic(
         sample,
         axes,
         lambda shapes: (
-            _GraphExporter(axes)
+            _GraphExporter(axes, longest)
             .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
             .program
         ),

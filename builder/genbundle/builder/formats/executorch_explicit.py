@@ -40,7 +40,7 @@ def export_explicit(components: Iterable[Component], capacity: int, path: Path, 
     rows = [one_sequence(component) for component in components]
     most = largest_sizes(rows, capacity)
     notes: list[str] = []
-    lowered = list(lower_each(rows, lambda item: _export(item, most), progress, notes))
+    lowered = list(lower_each(rows, lambda item: _export(item, capacity, most), progress, notes))
     progress("lower to ExecuTorch")
     lower = partial(lower_programs, constants={}, path=path, partitioner=ProductPartitioner)
     with quiet():
@@ -83,9 +83,9 @@ def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, i
     return sizes
 
 
-def _export(component: Component, most: Mapping[str, int]) -> Any:
+def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
     with torch.no_grad():
-        exported = to_exported_program(component.module, component.sample, component.axes, most)
+        exported = to_exported_program(component.module, component.sample, component.axes, capacity, most)
     return exported
 
 

@@ -61,7 +61,7 @@ def _lower(component: Component, provider: str) -> ir.Model:
     """The component as an ONNX graph, fused and simplified."""
     # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
     fused_for = provider if component.fusions and provider == "cpu" else None
-    model = to_onnx(component.module, component.sample, component.axes, fused_for)
+    model = to_onnx(component.module, component.sample, component.axes, component.longest, fused_for)
     _expect_dynamic(model, component)
     share_transposed_weights(model)
     if fused_for is not None:

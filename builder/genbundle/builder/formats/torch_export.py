@@ -38,7 +38,7 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
 
 def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
-    exported = to_exported_program(component.module, component.sample, component.axes)
+    exported = to_exported_program(component.module, component.sample, component.axes, component.longest)
     relax_lower_bounds(exported)
     return exported
 
