@@ -11,6 +11,7 @@ from genbundle.runtime.rules import apply_rules, timed
 from genbundle.runtime.sampling import options_from
 
 VOCABULARY, PROMPT, LIMIT, EOS = 12, 3, 6, [2, 3]
+GIVEN = [0, 0, 4, 1, 3, 4, 2, 0, 1, 1]
 
 
 def processors(**settings) -> LogitsProcessorList:
@@ -18,6 +19,8 @@ def processors(**settings) -> LogitsProcessorList:
     config, made, eos = GenerationConfig(**settings), LogitsProcessorList(), torch.tensor(EOS)
     if config.no_repeat_ngram_size:
         made.append(hf.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.encoder_no_repeat_ngram_size:
+        made.append(hf.EncoderNoRepeatNGramLogitsProcessor(config.encoder_no_repeat_ngram_size, torch.tensor([GIVEN])))
     if config.bad_words_ids:
         made.append(hf.NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
     if config.min_length:
@@ -41,12 +44,16 @@ def processors(**settings) -> LogitsProcessorList:
         {"no_repeat_ngram_size": 1},
         {"no_repeat_ngram_size": 2},
         {"no_repeat_ngram_size": 3},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"encoder_no_repeat_ngram_size": 3, "no_repeat_ngram_size": 2},
         {"bad_words_ids": [[5], [1, 4], [7, 8, 9], [4, 4], [2], [4, 3, 4]]},
         {"min_length": 6},
         {"min_new_tokens": 2},
         {"forced_bos_token_id": 7},
         {"forced_eos_token_id": 2},
         {"forced_eos_token_id": [2, 3], "suppress_tokens": [1, 9]},
+        {"forced_eos_token_id": 2, "min_length": 12, "bad_words_ids": [[2, 2]], "no_repeat_ngram_size": 1},
         {"begin_suppress_tokens": [0, 4]},
         {"begin_suppress_tokens": [0], "suppress_tokens": [11], "min_length": 8, "no_repeat_ngram_size": 2},
     ],
@@ -58,7 +65,7 @@ def test_rules_are_transformers(settings):
         for _ in range(20):
             ids, row = rng.integers(0, 5, length), rng.standard_normal(VOCABULARY).astype(np.float32)
             before = row.copy()
-            found = apply_rules(row, options, ids, prompt_length=PROMPT, limit=LIMIT)
+            found = apply_rules(row, options, ids, prompt_length=PROMPT, limit=LIMIT, given=np.array(GIVEN))
             expected = processors(**settings)(torch.tensor(ids)[None], torch.tensor(row)[None])[0].numpy()
             np.testing.assert_array_equal(found, expected)
             np.testing.assert_array_equal(row, before)

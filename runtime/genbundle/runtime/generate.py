@@ -115,6 +115,7 @@ def steps(
     # The repetition penalty leaves padding out, as transformers does; the other rules don't.
     paddings = prompt_length - token_mask(inputs).sum(axis=1)
     seen = [IntArray("q", row) for row in ids]
+    given = inputs.get("input_ids")
     reasons: list[str | None] = [None] * batch
     wiring.open(inputs)
     begun = time.perf_counter()
@@ -127,7 +128,10 @@ def steps(
             if reasons[row] is not None:
                 continue
             so_far = np.array(seen[row], np.int64)
-            scores = apply_rules(logits[row], options, so_far, prompt_length=prompt_length, limit=asked, times=times)
+            said = None if given is None else given[row]
+            scores = apply_rules(
+                logits[row], options, so_far, prompt_length=prompt_length, limit=asked, given=said, times=times
+            )
             token = tokens[row] = samplers[row](scores, so_far[paddings[row] :])
             seen[row].append(token)
             if token in options.eos_token_ids:

@@ -31,12 +31,12 @@ class GenerationOptions:
 
     max_new_tokens: the most tokens to generate; wins over max_length, the most tokens with the prompt. min_new_tokens:
     no end-of-sequence token before so many; min_length the same, the prompt counted. no_repeat_ngram_size: no sequence
-    of so many tokens twice. bad_words_ids, suppress_tokens, begin_suppress_tokens: token sequences, tokens, and first
-    tokens that are never generated. forced_bos_token_id, forced_eos_token_ids: the token after a prompt of one, and the
-    last that max_new_tokens allows. do_sample: sample, or take the most probable token; the sampling options
-    (temperature, top_k, top_p, min_p, seed) count only then. top_k: 0 or None for no limit. stop: strings that end the
-    text, left out of it. seed: None for a new random sequence each time. return_timestamps: tokens that are times too,
-    from a model that has such.
+    of so many tokens twice; encoder_no_repeat_ngram_size: none that stands in input_ids. bad_words_ids,
+    suppress_tokens, begin_suppress_tokens: token sequences, tokens, and first tokens that are never generated.
+    forced_bos_token_id, forced_eos_token_ids: the token after a prompt of one, and the last that max_new_tokens allows.
+    do_sample: sample, or take the most probable token; the sampling options (temperature, top_k, top_p, min_p, seed)
+    count only then. top_k: 0 or None for no limit. stop: strings that end the text, left out of it. seed: None for a
+    new random sequence each time. return_timestamps: tokens that are times too, from a model that has such.
     """
 
     max_new_tokens: int | None = None
@@ -44,6 +44,7 @@ class GenerationOptions:
     min_new_tokens: int = 0
     min_length: int = 0
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_ids: tuple[int, ...] = ()
@@ -238,6 +239,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "min_new_tokens": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
     "min_length": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
     "no_repeat_ngram_size": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
+    "encoder_no_repeat_ngram_size": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
     "bad_words_ids": (
         "a list of lists of token ids, none empty",
         lambda value: all(words and all(_is_int(item, 0) for item in words) for words in value),
