@@ -119,7 +119,7 @@ def encoder_component(
     given = [_encoder_inputs(getter, capture) for capture in captures]
     steering = [key for key, value in given[0].items() if not value.is_floating_point() or value.dim() > 4]
     if steering:
-        return chain_component(name, modality, partial(_run, getter), given, wanted)
+        return chain_component(model, modality, partial(_run, getter), given, wanted)
     calls = watch_modules(lambda: _run(getter, given[0]))
     module = _getter_module(model, getter, features, calls, wanted[0]).eval()
     with torch.no_grad():

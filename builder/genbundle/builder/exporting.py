@@ -5,7 +5,9 @@ could break is behind these few functions.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,7 +145,7 @@ def _dynamic(
     its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
     solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
     """
-    with quiet():
+    with quiet(), _without_checks():
         try:
             return export(_shapes(sample, axes, FREE_AXES, most))
         except Exception as error:  # upstream wraps what torch raises
@@ -154,6 +156,24 @@ def _dynamic(
             if not any("Constraints violated" in text for text in causes):
                 raise
         return export(_shapes(sample, axes, frozenset(), most))
+
+
+@contextmanager
+def _without_checks() -> Iterator[None]:
+    """Without the models' own checks of their inputs, by transformers' switch for them (`torch_compilable_check`).
+
+    They compare counts of placeholder tokens, on which tracers fail; the runtime checks those itself.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _shapes(

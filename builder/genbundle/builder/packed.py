@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -210,11 +211,14 @@ def _steering(component: Component) -> bool:
 
 def _reads_numbers(component: Component) -> bool:
     """Whether the module reads numbers out of its inputs, which a trace can't."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=True)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes) as mode, torch.no_grad():
         try:
             component.module(**{name: mode.from_tensor(value) for name, value in component.sample.items()})
         except DataDependentOutputException:
             return True
+        except GuardOnDataDependentSymNode:
+            pass  # on how many something is: for the exporter to say
     return False
 
 

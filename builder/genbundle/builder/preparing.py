@@ -72,8 +72,6 @@ def _candidates(module: torch.nn.Module, given: Inputs) -> Iterator[tuple[str, d
     """Every preparer with every set of options that may fit."""
     merges = [*_numbers(module, "spatial_merge_size"), 1]
     integers = [name for name, value in given.items() if not value.is_floating_point()]
-    for name in given:
-        yield "real_images", {"inputs": [name]}
     for name in integers:
         yield from (("vision_grid", options) for options in _grids(module, name, merges, integers))
         for merge, size, patch in itertools.product(
@@ -83,6 +81,24 @@ def _candidates(module: torch.nn.Module, given: Inputs) -> Iterator[tuple[str, d
             yield "vision_windows", options
         for merge in (*_pairs(module, "merge_kernel_size"), *_pairs(module, "merge_size"), (1, 1)):
             yield "vision_blocks", {"inputs": [name], "merge": list(merge)}
+        yield "kept_rows", {"inputs": [name]}
+        yield from (("image_tiles", options) for options in _tiles(module, name, given))
+    # Last: tiles that are no pictures look like padding too.
+    for name in given:
+        yield "real_images", {"inputs": [name]}
+
+
+def _tiles(module: torch.nn.Module, name: str, given: Inputs) -> Iterator[dict[str, Any]]:
+    pinpoints = [value for value in _values(module, "image_grid_pinpoints") if isinstance(value, list | tuple)]
+    pixels = [other for other, value in given.items() if value.dim() == 5]
+    ratios = [value for value in _values(module, "vision_aspect_ratio") if isinstance(value, str)]
+    most = {"most": int(ratios[0].rpartition("_")[2])} if ratios and ratios[0].startswith("anyres_max_") else {}
+    for sizes, pixel, tile, patch, part in itertools.product(
+        pinpoints[:1], pixels, _numbers(module, "image_size"), _numbers(module, "patch_size"), (1, 2, 4)
+    ):
+        pairs = [[int(high), int(wide)] for high, wide in sizes]
+        options = {"inputs": [pixel, name], "pinpoints": pairs, "tile": tile, "patches": tile // patch // part}
+        yield {**options, **most}
 
 
 def _grids(module: torch.nn.Module, name: str, merges: list[int], integers: list[str]) -> Iterator[dict[str, Any]]:
@@ -105,14 +121,21 @@ def _grids(module: torch.nn.Module, name: str, merges: list[int], integers: list
         yield {"inputs": inputs, "spatial_merge_size": merge, **table, **flag}
 
 
+def _values(module: torch.nn.Module, name: str) -> list[Any]:
+    """What parts of `module`, or their configs, call so."""
+    parts = list(module.modules())
+    owners = (*parts, *(part.config for part in parts if getattr(part, "config", None) is not None))
+    return [value for owner in owners if (value := getattr(owner, name, None)) is not None]
+
+
 def _numbers(module: torch.nn.Module, name: str) -> list[int]:
     """The different whole numbers that parts of `module` call so."""
-    found = (getattr(item, name, None) for item in module.modules())
+    found = _values(module, name)
     return list(dict.fromkeys(value for value in found if isinstance(value, int) and not isinstance(value, bool)))
 
 
 def _pairs(module: torch.nn.Module, name: str) -> list[tuple[int, int]]:
-    found = (getattr(item, name, None) for item in module.modules())
+    found = _values(module, name)
     pairs = [(value, value) if isinstance(value, int) else value for value in found]
     return list(
         dict.fromkeys((pair[0], pair[1]) for pair in pairs if isinstance(pair, tuple | list) and len(pair) == 2)

@@ -8,7 +8,7 @@ and among the outputs of the modules before it.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Feed:
     """Where a tensor comes from: an input of the program (stage None), or a field of an earlier module's output.
 
     shape: what it is reshaped to, with -1 for the axis that varies; None as it is. filled: instead, this number
-    throughout, as many rows as the input or field has. made: Python made it of the user's inputs.
+    throughout, as many rows as the input or field has. made: Python made it of the user's inputs. skip: so much of the
+    second axis is left out. rows: the input that says in which order its rows are taken, `last` being one more.
     """
 
     stage: int | None
@@ -45,10 +46,19 @@ class Feed:
     shape: tuple[int, ...] | None = None
     filled: float | None = None
     made: bool = False
+    skip: int = 0
+    rows: str | None = None
+    last: torch.Tensor | None = None
 
     def take(self, inputs: Mapping[str, Any], outputs: Sequence[Mapping[str, torch.Tensor]]) -> Any:
         """The tensor, from the program's inputs and the outputs of the modules so far."""
         value = inputs[self.name] if self.stage is None else outputs[self.stage][self.name]
+        if self.skip:
+            value = value[:, self.skip :]
+        if self.rows is not None:
+            value = value.reshape(-1, value.shape[-1])
+            table = value if self.last is None else torch.cat([value, self.last[None]])
+            return table[inputs[self.rows]]
         if self.filled is not None:
             assert self.shape is not None
             return torch.full((value.shape[0], *self.shape[1:]), self.filled)
@@ -76,7 +86,7 @@ class Chain(torch.nn.Module):
             feed.name
             for feed in (*self._outputs.values(), *(feed for stage in stages for feed in stage.feeds.values()))
             if feed.stage is None
-        }
+        } | {feed.rows for feed in self._outputs.values()}
 
     def forward(self, **inputs: Any) -> Tensors:
         """The features by name."""
@@ -134,19 +144,26 @@ def _bound(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
 
 
 def chain_component(
-    name: str, modality: str, run: Callable[[Tensors], Any], given: list[Tensors], wanted: list[Tensors]
+    model: torch.nn.Module,
+    modality: str,
+    run: Callable[[Tensors], Any],
+    given: list[Tensors],
+    wanted: list[Tensors],
 ) -> Component:
     """The modules that `run(inputs)` calls, as a component that gives the features `wanted` of every capture.
 
     Raises UnsupportedModelError, naming what a module takes that comes from nowhere, or a feature that none gives.
     """
+    name = f"{modality}_encoder"
     calls = [watch_modules(lambda inputs=inputs: run(inputs)) for inputs in given]
     order = [call.module for call in calls[0]]
     if not order or len({id(module) for module in order}) != len(order):
         raise UnsupportedModelError(f"the {name} calls a module once for each picture, which can't be traced")
     if any([call.module for call in item] != order for item in calls):
         raise UnsupportedModelError(f"the {name} calls other modules from run to run, which can't be traced")
-    outputs = {key: _feature_feed(name, key, [item[key] for item in wanted], calls) for key in wanted[0]}
+    found = {key: _feature_feed(model, name, key, [item[key] for item in wanted], calls) for key in wanted[0]}
+    outputs = {key: feed for key, (feed, _) in found.items()}
+    orders = [{feed.rows: rows[index] for feed, rows in found.values() if feed.rows} for index in range(len(calls))]
     used = max(feed.stage or 0 for feed in outputs.values()) + 1
     # Upstream prepares what it finds under a marker's name; the program has it under the user's.
     prepared = [prepare_inputs(order[0], _tensors(item[0].arguments)) for item in calls]
@@ -167,7 +184,7 @@ def chain_component(
         {key: value for key, value in item.items() if key not in arguments and isinstance(value, torch.Tensor)}
         for item in prepared
     ]
-    tensors = [{**mine, **more} for mine, more in zip(own, extra, strict=True)]
+    tensors = [{**mine, **more, **order} for mine, more, order in zip(own, extra, orders, strict=True)]
     kept = {key for item in tensors for key in needed_inputs(module, item, optional=own[0])}
     samples = [{key: value for key, value in item.items() if key in kept} for item in tensors]
     with torch.no_grad():
@@ -179,7 +196,7 @@ def chain_component(
     probes = _probes(order[0], stages[0], given[0])
     sources = explain_prepared(
         name,
-        module,
+        model,
         [*given, *(inputs for inputs, _ in probes)],
         [*samples, *({key: value for key, value in made.items() if key in extra[0]} for _, made in probes)],
     )
@@ -255,9 +272,13 @@ def _field_feed(values: list[torch.Tensor], calls: list[list[ModuleCall]], befor
     for stage in reversed(range(before)):
         for key in calls[0][stage].fields:
             fields = [item[stage].fields.get(key) for item in calls]
-            found = _reshaped(values, fields, leading=False) if all(item is not None for item in fields) else None
-            if found is not None:
-                return Feed(stage=stage, name=key, shape=found or None)
+            if any(item is None for item in fields):
+                continue
+            for skip in (0, 1):  # a token for the whole picture stands first
+                parts = [item[:, skip:] if item is not None and item.dim() > 2 else item for item in fields]
+                found = _reshaped(values, parts, leading=False)
+                if found is not None:
+                    return Feed(stage=stage, name=key, shape=found or None, skip=skip)
     return None
 
 
@@ -276,11 +297,46 @@ def _filled_feed(values: list[torch.Tensor], calls: list[list[ModuleCall]], befo
     return None
 
 
-def _feature_feed(name: str, key: str, values: list[torch.Tensor], calls: list[list[ModuleCall]]) -> Feed:
+def _feature_feed(
+    model: torch.nn.Module, name: str, key: str, values: list[torch.Tensor], calls: list[list[ModuleCall]]
+) -> tuple[Feed, list[torch.Tensor]]:
+    """Where a feature comes from, and the order of the rows in each capture where it isn't the module's own."""
     feed = _field_feed(values, calls, len(calls[0]))
-    if feed is None:
-        raise UnsupportedModelError(f"{key} is no output of a module that the {name} calls")
-    return feed if feed.shape is None else Feed(stage=feed.stage, name=feed.name, shape=(-1, *values[0].shape[1:]))
+    if feed is not None:
+        shape = None if feed.shape is None else (-1, *values[0].shape[1:])
+        return replace(feed, shape=shape), []
+    for stage in reversed(range(len(calls[0]))):
+        for path in calls[0][stage].fields:
+            found = _order(model, values, [item[stage].fields.get(path) for item in calls])
+            if found is not None:
+                rows, last = found
+                # One order for all levels of features, which are dealt out alike.
+                return Feed(stage=stage, name=path, rows="image_rows", last=last), rows
+    raise UnsupportedModelError(f"{key} is no output of a module that the {name} calls")
+
+
+def _order(
+    model: torch.nn.Module, values: list[torch.Tensor], fields: list[torch.Tensor | None]
+) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
+    """The rows of `fields` that `values` are made of, a parameter of the model being one more; None for others."""
+    orders, last = [], None
+    for value, rows in zip(values, fields, strict=True):
+        if rows is None or value.dim() != 2 or rows.dim() < 2 or rows.shape[-1] != value.shape[-1]:
+            return None
+        table = rows.reshape(-1, rows.shape[-1])
+        places = {row.tobytes(): index for index, row in enumerate(table.detach().numpy())}
+        found = [places.get(row.tobytes()) for row in value.detach().numpy()]
+        other = {value[index].detach().numpy().tobytes() for index, place in enumerate(found) if place is None}
+        if len(other) > 1 or (other and len(found) == found.count(None)):
+            return None
+        if other:
+            width = value.shape[-1]
+            given = (item for item in model.parameters() if item.shape == (width,))
+            last = next((item for item in given if item.detach().numpy().tobytes() in other), None)
+            if last is None:
+                return None
+        orders.append(torch.tensor([len(table) if place is None else place for place in found]))
+    return orders, last
 
 
 def _reshaped(

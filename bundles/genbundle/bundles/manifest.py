@@ -361,11 +361,13 @@ def _check_program(program: Program, states: set[str], path: str) -> None:
             raise BundleError(f"Missing field `name` - at `{path}.inputs[{index}].source`")
         if item.source.kind == "constant" and item.source.value is None:
             raise BundleError(f"Missing field `value` - at `{path}.inputs[{index}].source`")
-        by = item.source.options.get("pieces")
-        if by not in (None, "each", "offsets", *(other.name for other in program.inputs)):
-            raise BundleError(
-                f"Expected an input's name, got {by!r} - at `{path}.inputs[{index}].source.options.pieces`"
-            )
+        names = {other.name for other in program.inputs}
+        for option, others in (("pieces", {"each", "offsets", "sizes", "grid"}), ("sizes", set()), ("grid", set())):
+            by = item.source.options.get(option)
+            if by is not None and by not in names | others:
+                raise BundleError(
+                    f"Expected an input's name, got {by!r} - at `{path}.inputs[{index}].source.options.{option}`"
+                )
         if item.source.kind == "state" and item.source.name not in states:
             raise BundleError(f"Expected a state entry, got {item.source.name!r} - at `{path}.inputs[{index}].source`")
     for index, item in enumerate(program.outputs):

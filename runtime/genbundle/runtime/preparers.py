@@ -103,6 +103,68 @@ def vision_blocks(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarr
     return result
 
 
+def image_tiles(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Pictures cut into an overview and tiles, as LLaVA-NeXT has them, and the order in which their features are read.
+
+    Inputs: the tiles `[pictures, n, channels, height, width]`, padded to one number, and the pictures' own sizes.
+    Options: `pinpoints`, the sizes that pictures are fitted into; `tile`, a tile's side; `patches`, its features a
+    side; `most`, more tiles than which would be resampled. pixel_values: `[tiles, ...]` without padding. image_rows:
+    `[features]`, each overview, then the tiles' rows without the fitting's borders, a line's end after each: the number
+    behind the last feature.
+    """
+    pixels, sizes = (inputs[name] for name in options["inputs"])
+    tile, side = int(options["tile"]), int(options["patches"])
+    kept, orders, start = [], [], 0
+    if pixels.ndim != 5 or len(pixels) != len(sizes):
+        raise ValueError(f"tiles [pictures, n, channels, height, width] of {len(sizes)} pictures, got {pixels.shape}")
+    for picture, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+        high, wide = (size // tile for size in _best_size((height, width), options["pinpoints"]))
+        count = 1 + high * wide
+        if len(picture) < count:
+            raise ValueError(f"a picture of {height} x {width} has {count} tiles, {len(picture)} were given")
+        kept.append(picture[:count])
+        overview = np.arange(start, start + side * side)
+        grid = np.arange(side * side, count * side * side).reshape(high, wide, side, side) + start
+        grid = _without_border(grid.transpose(0, 2, 1, 3).reshape(high * side, wide * side), height, width)
+        if options.get("most") and (grid.size / (int(options["most"]) * side * side)) ** 0.5 > 1.1:
+            raise ValueError(f"a picture of {height} x {width} has more than {options['most']} tiles")
+        orders.append((overview, grid))
+        start += count * side * side
+    rows = []
+    for overview, grid in orders:
+        rows += [overview, np.concatenate([grid, np.full((len(grid), 1), start)], 1).ravel()]
+    return {"pixel_values": np.concatenate(kept), "image_rows": np.concatenate(rows)}
+
+
+def _best_size(size: tuple[int, int], pinpoints: list[list[int]]) -> tuple[int, int]:
+    """The one of `pinpoints` that a picture fits into with most of its pixels, and least unused."""
+    height, width = size
+
+    def fit(high: int, wide: int) -> tuple[int, int]:
+        scale = min(wide / width, high / height)
+        used = min(int(width * scale) * int(height * scale), height * width)
+        return used, used - high * wide
+
+    high, wide = max(pinpoints, key=lambda pinpoint: fit(*pinpoint))
+    return int(high), int(wide)
+
+
+def _without_border(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The part of a fitted picture's features that isn't border."""
+    rows, columns = grid.shape
+    if width / height > columns / rows:
+        border = (rows - int(round(height * (columns / width), 7))) // 2
+        return grid[border : rows - border]
+    border = (columns - int(round(width * (rows / height), 7))) // 2
+    return grid[:, border : columns - border]
+
+
+def kept_rows(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The rows `[pictures, rows, ...]` that are no padding, counted through all pictures: where no number is -1."""
+    places = inputs[options["inputs"][0]]
+    return {"image_rows": np.flatnonzero((places != -1).reshape(*places.shape[:2], -1).all(-1))}
+
+
 def _check_grids(grids: np.ndarray, merge: Any) -> None:
     if (grids < 1).any() or (grids[:, 1:] % merge).any():
         factors = np.ravel(merge).tolist()
@@ -148,4 +210,6 @@ PREPARERS: dict[str, Callable[[Inputs, dict[str, Any]], dict[str, np.ndarray]]] 
     "vision_grid": vision_grid,
     "vision_windows": vision_windows,
     "vision_blocks": vision_blocks,
+    "image_tiles": image_tiles,
+    "kept_rows": kept_rows,
 }
