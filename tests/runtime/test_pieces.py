@@ -29,6 +29,14 @@ def recording(calls: list):
     return program
 
 
+def counting(calls: list):
+    def program(inputs):
+        calls.append(dict(inputs))
+        return {"features": np.ones((1, 2))}
+
+    return program
+
+
 def test_rows_between_offsets_go_into_one_call_each():
     calls: list = []
     described = entry(patches={"pieces": "ends"}, ends={"pieces": "offsets"}, scale={})
@@ -45,6 +53,31 @@ def test_each_row_is_a_call_of_its_own():
     result = pieces.call(entry(patches={"pieces": "each"}), recording(calls), inputs, np.asarray)
     assert len(calls) == 3
     np.testing.assert_array_equal(result["features"], inputs["patches"] * 10)
+
+
+def test_a_picture_is_cut_to_its_own_size():
+    calls: list = []
+    described = entry(patches={"pieces": "each", "sizes": "sizes"}, sizes={"pieces": "sizes"})
+    inputs = {"patches": np.ones((2, 1, 4, 6)), "sizes": np.array([[4, 2], [3, 6]])}
+    pieces.call(described, counting(calls), inputs, np.asarray)
+    assert [call["patches"].shape for call in calls] == [(1, 1, 4, 2), (1, 1, 3, 6)]
+    assert all(list(call) == ["patches"] for call in calls)
+    with pytest.raises(InputError, match="sizes: 4 x 9 for a picture of 4 x 6"):
+        pieces.call(described, recording([]), {**inputs, "sizes": np.array([[4, 9], [3, 6]])}, np.asarray)
+
+
+def test_a_frame_has_the_shape_of_its_grid():
+    calls: list = []
+    described = entry(
+        patches={"pieces": "ends", "grid": "grid", "merge": 2}, ends={"pieces": "offsets"}, grid={"pieces": "grid"}
+    )
+    inputs = {
+        "patches": np.arange(64.0).reshape(32, 2),
+        "ends": np.array([0, 8, 16, 32]),
+        "grid": np.array([[2, 4, 2], [1, 4, 4]]),
+    }
+    pieces.call(described, counting(calls), inputs, np.asarray)
+    assert [call["patches"].shape for call in calls] == [(2, 1, 4, 2), (2, 1, 4, 2), (2, 2, 4, 2)]
 
 
 def test_no_picture_is_refused():

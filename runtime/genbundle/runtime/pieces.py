@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import InputError
+from genbundle.bundles.manifest import Input
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime.program import Program, Tensor
 
@@ -26,6 +27,14 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
         for item in entry.inputs
         if item.source.options.get("pieces") not in ("offsets", "sizes", "grid") and "equals" not in item.source.options
     )
+
+
+def whole_shape(item: Input) -> tuple[int | str, ...]:
+    """The shape of an input before it is divided between calls."""
+    options = item.source.options
+    if "grid" in options:
+        return ("patches", *item.shape[3:])
+    return ("pictures", *item.shape[1:]) if options.get("pieces") == "each" else item.shape
 
 
 def call(

@@ -237,12 +237,12 @@ class _Call:
         array = self.inputs.get(item.source.name or "")
         if array is None:
             raise InputError(f"the prompt's {program!r} needs the input {item.source.name!r}, which was not given")
-        dtype = numpy_dtype(item.dtype)
-        fits = array.ndim == len(item.shape) and all(
-            isinstance(size, str) or size == got for size, got in zip(item.shape, array.shape, strict=True)
+        dtype, shape = numpy_dtype(item.dtype), pieces.whole_shape(item)
+        fits = array.ndim == len(shape) and all(
+            isinstance(size, str) or size == got for size, got in zip(shape, array.shape, strict=True)
         )
         if not fits:
-            raise InputError(f"{item.source.name}: expected shape {list(item.shape)}, got {list(array.shape)}")
+            raise InputError(f"{item.source.name}: expected shape {list(shape)}, got {list(array.shape)}")
         return np.ascontiguousarray(array, dtype)
 
     def _positions(self, source: Source) -> np.ndarray:
