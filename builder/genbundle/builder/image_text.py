@@ -1,19 +1,22 @@
 """The programs of an image-text model: encoder (with projector), merge, prompt, and decode for the steps."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component, name_axes, needed_inputs
+from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
 from genbundle.builder.plan import Capture, Plan, constant_arguments
 from genbundle.builder.programs import can_fuse_prompt, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Flow, Route, Source
+from genbundle.bundles.manifest import Flow, Input, Route, Source
+from genbundle.runtime.inputs import TEXT_INPUTS
+from genbundle.runtime.positions import POSITION_INPUTS
 
 MODALITY = "image"
 _STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
@@ -68,19 +71,47 @@ def image_text_components(
         },
         sources={name: sources[name] for name in kept},
     )
+    used = {source.name for part in (encoder, merged) for source in part.sources.values()} | _guiding(encoder)
+    used |= {name for source in plan.step.sources.values() for name in POSITION_INPUTS.get(source.rule or "", ())}
+    merged = replace(merged, guides=_unread(captures, used))
     prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
     decode = step_component(model, plan, captures, fuse=fuse)
     needs = {
         *(source.name for source in merged.sources.values() if source.kind == "user"),
         *(source.name for source in encoder.sources.values() if source.kind == "user"),
-        *(name for source in encoder.sources.values() for name in source.options.get("inputs", ())),
-        *(item.source.name for item in encoder.guides.values() if item.source.kind == "user"),
+        *_guiding(encoder),
     }
     picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
     text = Route(programs=("decode",), one_by_one=not plan.continues)
     routes = (picture, text) if text_alone else (picture,)
     flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
     return [encoder, merged, prompt, decode], flow
+
+
+def _guiding(encoder: Component) -> set[str]:
+    """The user's inputs that an encoder's preparers and its calls read."""
+    names = {name for source in encoder.sources.values() for name in source.options.get("inputs", ())}
+    guides = (item.source for item in encoder.guides.values())
+    return names | {source.name for source in guides if source.kind == "user" and source.name is not None}
+
+
+def _unread(captures: list[Capture], used: set[str | None]) -> dict[str, Input]:
+    """The user's inputs that nothing reads: taken, and checked where they never were but one number."""
+    guides = {}
+    for name, tensor in captures[0].inputs.items():
+        if name in used or name in TEXT_INPUTS or not all(name in item.inputs for item in captures):
+            continue
+        numbers = torch.cat([item.inputs[name].flatten() for item in captures]).unique()
+        options: dict[str, Any] = {"unread": True}
+        if len(numbers) == 1:
+            options = {"equals": numbers[0].item(), "optional": True}
+        guides[name] = Input(
+            name=name,
+            dtype=dtype_of(tensor),
+            shape=tuple(f"{name}_{axis}" for axis in range(tensor.dim())),
+            source=Source(kind="user", name=name, options=options),
+        )
+    return guides
 
 
 def placeholder_token(captures: list[Capture], counts: list[int]) -> int | None:

@@ -98,7 +98,7 @@ def all_frames(component: Component) -> Component:
         expected, found = component.module(**component.sample), module(**component.sample)
     if not same_tensors(found, expected):
         raise UnsupportedModelError(f"{component.name}: its attention to the patches of a window can't be traced")
-    return replace(component, module=module)
+    return replace(component, module=module, guides={})
 
 
 class OneFrame(torch.nn.Module):
@@ -123,14 +123,16 @@ class SizedFrame(OneFrame):
     """The same for towers that read the grid's numbers: inputs `[height, width, patches of a block, ...]` in blocks of
     `merge` x `merge` patches, whose sizes are those numbers."""
 
-    def __init__(self, component: Component, merge: int):
+    def __init__(self, component: Component, grid: str, merge: int):
         super().__init__(component)
-        self.merge = merge
+        self.grid, self.merge = grid, merge
+        self.rest = {name: Sizes(value.tolist()) for name, value in self.rest.items()}
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The features of one frame."""
         height, width = next(iter(inputs.values())).shape[:2]
-        self.rest = {name: Sizes([(1, height * self.merge, width * self.merge)]) for name in self.rest}
+        sizes = Sizes([(1, height * self.merge, width * self.merge)])
+        self.rest = {name: sizes if name == self.grid else self.rest[name] for name in self.rest}
         return super().forward(**{name: value.flatten(0, 2) for name, value in inputs.items()})
 
 
@@ -167,7 +169,7 @@ def in_pieces(component: Component) -> Component:
     Upstream traces packed attention for frames of one size only: frames of several sizes would get wrong features.
     """
     if OFFSETS not in component.sample:
-        return _picture_by_picture(component)
+        return _picture_by_picture(replace(component, guides={}))
     divided = _divided(component)
     if divided is not None and not _steering(component):
         return _frames(component, OneFrame(component).eval(), divided, {})
@@ -231,9 +233,12 @@ def _merges(module: torch.nn.Module) -> list[int]:
 
 def _sized_frames(component: Component, names: list[str], merge: int) -> Component | None:
     grids = [name for name in component.sample if _steers(name, component) and component.sample[name].shape[1:] == (3,)]
-    module = SizedFrame(component, merge).eval()
-    if len(grids) != 1 or set(module.rest) != set(grids):
+    if len(grids) != 1:
         return None
+    # Other numbers must be what they were in every capture: a constant of the program.
+    if any(_steers(name, component) and name not in (*grids, *component.guides) for name in component.sample):
+        return None
+    module = SizedFrame(component, grids[0], merge).eval()
     grid = component.sample[grids[0]][0].tolist()
     if grid[1] % merge or grid[2] % merge:
         return None
@@ -263,6 +268,7 @@ def _frames(
     axes = {0: "height", 1: "width"} if shape else None
     if options:
         guides[options["grid"]] = _guide(component, options["grid"], "grid", ("pictures", 3))
+        guides |= {name: component.guides[name] for name in set(module.rest) - {options["grid"]}}
     return replace(
         component,
         module=module,

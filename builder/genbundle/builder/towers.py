@@ -19,6 +19,7 @@ from genbundle.builder.cut import leaves
 from genbundle.builder.exporting import prepare_inputs
 from genbundle.builder.preparing import explain_prepared
 from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Input, Source
 
 Tensors = dict[str, torch.Tensor]
 
@@ -208,7 +209,22 @@ def chain_component(
         sample=samples[0],
         axes={**name_axes(samples), **name_axes(wanted)},
         sources=sources,
+        guides={key: _fixed(key, numbers) for key in samples[0] if (numbers := _same_number(key, given)) is not None},
     )
+
+
+def _same_number(key: str, given: list[Tensors]) -> int | None:
+    """The number that an input of one for each picture is in every capture; None where it differs."""
+    if key not in given[0] or given[0][key].is_floating_point() or given[0][key].dim() != 1:
+        return None
+    numbers = torch.cat([inputs[key] for inputs in given]).unique()
+    return int(numbers) if len(numbers) == 1 else None
+
+
+def _fixed(key: str, number: int) -> Input:
+    """An input that a program made for one number can do without."""
+    source = Source(kind="user", name=key, options={"equals": number})
+    return Input(name=key, dtype="int64", shape=("pictures",), source=source)
 
 
 _PROBES = ([[2, 4, 8]], [[1, 8, 4], [3, 4, 4], [1, 12, 4]])
@@ -222,12 +238,19 @@ def _probes(module: torch.nn.Module, stage: Stage, given: Tensors) -> list[tuple
         value = given.get(feed.name)
         if feed.stage is None and not feed.made and value is not None and value.shape[1:] == (3,):
             for rows in _PROBES:
-                grid = torch.tensor(rows, dtype=value.dtype)
+                # Beside the grid each picture may have other numbers, which stay the captured ones.
+                numbers = {
+                    other: (item.name, given[item.name][:1].expand(len(rows)).clone())
+                    for other, item in stage.feeds.items()
+                    if item.name in given and given[item.name].dim() == 1
+                }
+                numbers[argument] = (feed.name, torch.tensor(rows, dtype=value.dtype))
                 try:
-                    made = prepare_inputs(module, {argument: grid})
+                    made = prepare_inputs(module, {other: number for other, (_, number) in numbers.items()})
                 except (RuntimeError, ValueError, TypeError):
                     continue  # it takes no clips, or no sizes of that kind
-                found.append(({feed.name: grid}, {key: v for key, v in _tensors(made).items() if key != argument}))
+                rest = {key: item for key, item in _tensors(made).items() if key not in numbers}
+                found.append((dict(numbers.values()), rest))
     return found
 
 

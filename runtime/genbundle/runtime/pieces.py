@@ -5,7 +5,7 @@ offsets input the rows between two of its numbers. A picture may go in at its ow
 input of heights and widths, the rest is padding and cut off; with `grid`, the name of an input of patch grids, a
 frame's rows become `[height, width, merge * merge, ...]` in blocks of `merge` x `merge`. The inputs marked "offsets",
 "sizes" and "grid" themselves go into no call. The option `equals` marks an input that goes into no call either: its
-numbers must all be that one.
+numbers must all be that one. So does `unread`, whose numbers may be any.
 """
 
 import itertools
@@ -25,7 +25,8 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     return tuple(
         item.name
         for item in entry.inputs
-        if item.source.options.get("pieces") not in ("offsets", "sizes", "grid") and "equals" not in item.source.options
+        if item.source.options.get("pieces") not in ("offsets", "sizes", "grid")
+        and not item.source.options.keys() & {"equals", "unread"}
     )
 
 
@@ -46,7 +47,7 @@ def call(
     """
     for item in entry.inputs:
         fixed = item.source.options.get("equals")
-        if fixed is not None and not (inputs[item.name] == fixed).all():
+        if fixed is not None and item.name in inputs and not (inputs[item.name] == fixed).all():
             raise InputError(f"{item.name}: this bundle takes prompts whose {item.name} is {fixed} throughout")
     names = taken_inputs(entry)
     divided = {item.name: item.source.options for item in entry.inputs if item.source.options.get("pieces")}

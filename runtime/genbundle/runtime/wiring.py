@@ -198,7 +198,7 @@ class _Call:
         backend, state = self.wiring.backend, self.sequences.state
         for name in names:
             entry = self.wiring.entry(name)
-            feeds = {item.name: self.value(item, name) for item in entry.inputs}
+            feeds = {item.name: self.value(item, name) for item in entry.inputs if self._wanted(item)}
             outputs = pieces.call(entry, backend.program(name), feeds, backend.to_numpy)
             self.values.update(outputs)
             if "encoder" in entry.roles:
@@ -232,6 +232,10 @@ class _Call:
             sizes = [size for size in item.shape if isinstance(size, int)]
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
         return self._user(item, program)
+
+    def _wanted(self, item: Input) -> bool:
+        options = item.source.options
+        return not options.get("unread") and (not options.get("optional") or item.source.name in self.inputs)
 
     def _user(self, item: Input, program: str) -> np.ndarray:
         array = self.inputs.get(item.source.name or "")
