@@ -18,6 +18,7 @@ from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.formats import Exported, Progress, lower_each
 from genbundle.builder.formats.torch_export import describe_program
 from genbundle.builder.noise import quiet
+from genbundle.builder.passes.equal_ranks import give_equal_ranks
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import State
 
@@ -86,6 +87,7 @@ def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, i
 def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
     with torch.no_grad():
         exported = to_exported_program(component.module, component.sample, component.axes, capacity, most)
+    give_equal_ranks(exported.graph)
     return exported
 
 
