@@ -15,17 +15,17 @@ from genbundle.builder.encoder_decoder import encoder_decoder_components
 from genbundle.builder.exporting import first_line, quiet
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
-from genbundle.builder.image_text import image_text_components, image_token
+from genbundle.builder.fused import decoder_components
+from genbundle.builder.image_text import image_token
+from genbundle.builder.inner import capture_calls
 from genbundle.builder.loading import Loaded, borrowed, load
-from genbundle.builder.plan import Capture, capture, make_plan
+from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
-from genbundle.builder.programs import text_components
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import (
     Samples,
     as_inputs,
     from_processor,
-    generates_from_text_alone,
     make_samples,
     smallest_window,
 )
@@ -132,7 +132,7 @@ def _export(
     model = loaded.model
     generation = describe_generation(model)
     announce("capture")
-    captures = capture(model, samples.capture)
+    captures = capture_calls(model, samples.capture)
     capacity = settings.max_length or _context_length(model)
     if settings.backend == "xnnpack" and settings.max_length is None:
         capacity = min(capacity or _XNNPACK_MAX_LENGTH, _XNNPACK_MAX_LENGTH)
@@ -179,15 +179,13 @@ def _components(
     """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
     if model.config.is_encoder_decoder:
         return *encoder_decoder_components(model, captures, capacity), ()
-    if any("mm_encoder_outputs" in item.prompt for item in captures):
-        plan, text_alone = make_plan(model, captures), generates_from_text_alone(model)
-        return *image_text_components(model, plan, captures, fuse=fuse, capacity=capacity, text_alone=text_alone), ()
     try:
-        plan = make_plan(model, captures)
+        return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
     except UnsupportedModelError as error:
+        if any(item.inner is not None or "mm_encoder_outputs" in item.prompt for item in captures):
+            raise
         components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
         return components, replace(flow, capacity=capacity), notes
-    return *text_components(model, plan, captures, fuse=fuse, capacity=capacity), ()
 
 
 def _explicit(
@@ -260,6 +258,8 @@ def _stateful(
 
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} has an encoder and a decoder")
+    if captures[0].inner is not None:
+        raise UnsupportedModelError(f"{type(model).__name__}: its generate calls a model inside")
     plan = make_plan(model, captures)
     announce("export the methods")
     return export_executorch(

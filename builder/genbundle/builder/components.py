@@ -18,7 +18,8 @@ class Component:
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
     in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
     known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. guides:
-    inputs in the manifest that steer the runtime's calls and aren't the program's.
+    inputs in the manifest that steer the runtime's calls and aren't the program's. placeholder_id: the token that
+    stands in a prompt for each of the features among the outputs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Component:
     obstacle: str | None = None
     longest: int | None = None
     guides: Mapping[str, Input] = field(default_factory=dict)
+    placeholder_id: int | None = None
 
 
 def shape_of(tensor: torch.Tensor, axes: Mapping[int, str]) -> tuple[int | str, ...]:

@@ -3,6 +3,8 @@
 The first call computes the cross-attention's keys and values from the encoder's output; they are state from then on.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +13,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from genbundle.builder.attention import make_cache
-from genbundle.builder.components import Component, name_axes
+from genbundle.builder.components import Component, name_axes, same_tensors
+from genbundle.builder.cut import output_inside
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
-from genbundle.builder.plan import Call, Capture, Phase, constant_arguments
+from genbundle.builder.plan import Call, Capture, Inputs, Phase, constant_arguments
 from genbundle.builder.programs import BATCH, NEW, PAST, with_past, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
@@ -34,6 +37,20 @@ class Encoder(torch.nn.Module):
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """`encoder_last_hidden_state` `[batch, source, width]`, and what else it returns."""
         return _fields(self.encoder(**inputs, **self.constants))
+
+
+class WholeEncoder(torch.nn.Module):
+    """The encoder with all that the model's own forward does before it, such as a merge with pictures."""
+
+    def __init__(self, model: PreTrainedModel, encoder: torch.nn.Module):
+        super().__init__()
+        self.model, self._encoder, self.config = model, (encoder,), model.config
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `Encoder`, from the user's inputs; the decoder behind it is dead code."""
+        start = torch.ones(2, 1, dtype=torch.long)
+        run = functools.partial(self.model, **inputs, decoder_input_ids=start, use_cache=False)
+        return _fields(output_inside(self._encoder[0], run))
 
 
 class CrossDecoder(torch.nn.Module):
@@ -109,21 +126,21 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component
     encoder: Any = model.get_encoder()
     calls = [item.encoder or {} for item in captures]
     constants = constant_arguments(calls, f"{type(model).__name__}: the encoder's", ())
-    samples = []
-    sources: dict[str, Source] = {}
-    for item, call in zip(captures, calls, strict=True):
-        sample = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
-        for key, value in sample.items():
-            user = next((n for n, given in item.inputs.items() if _same(given, value)), None)
-            if user is None:
-                raise UnsupportedModelError(f"encoder: its input {key!r} has no explanation")
-            sources[key] = Source(kind="user", name=user)
-        samples.append(sample)
+    module = Encoder(encoder, constants).eval()
+    tensors = [{key: value for key, value in call.items() if isinstance(value, torch.Tensor)} for call in calls]
+    with torch.no_grad():
+        results = [module(**inputs) for inputs in tensors]
+    samples, sources = tensors, _user_sources(tensors, captures)
+    unexplained = sorted(set(tensors[0]) - set(sources))
+    if unexplained:
+        taken = inspect.signature(model.forward).parameters
+        samples = [{key: value for key, value in item.inputs.items() if key in taken} for item in captures]
+        sources = {key: Source(kind="user", name=key) for key in samples[0]}
+        module = WholeEncoder(model, encoder).eval()
+        if not _gives(module, samples, results):
+            raise UnsupportedModelError(f"encoder: its input {unexplained[0]!r} has no explanation")
     if any(sample.keys() != sources.keys() for sample in samples):
         raise UnsupportedModelError("encoder: it is given other inputs from run to run")
-    module = Encoder(encoder, constants).eval()
-    with torch.no_grad():
-        results = [module(**sample) for sample in samples]
     sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
     known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
     component = Component(
@@ -136,6 +153,26 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component
         states={key: key for key in results[0]},
     )
     return component, results[0]
+
+
+def _user_sources(samples: list[Inputs], captures: list[Capture]) -> dict[str, Source]:
+    """The sources of those inputs that are the user's as they are, in every capture."""
+    sources: dict[str, Source] = {}
+    for key in samples[0]:
+        for name in captures[0].inputs:
+            if all(_same(item.inputs.get(name), each.get(key)) for item, each in zip(captures, samples, strict=True)):
+                sources[key] = Source(kind="user", name=name)
+                break
+    return sources
+
+
+def _gives(module: torch.nn.Module, samples: list[Inputs], expected: list[Inputs]) -> bool:
+    try:
+        with torch.no_grad():
+            found = [module(**sample) for sample in samples]
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return False
+    return all(same_tensors(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def _call(name: str, captures: list[Capture], phase: Phase) -> Call:
@@ -158,7 +195,9 @@ def _call(name: str, captures: list[Capture], phase: Phase) -> Call:
 
 
 def _same(given: Any, value: Any) -> bool:
-    return isinstance(given, torch.Tensor) and given.shape == value.shape and bool((given == value).all())
+    if not isinstance(given, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return False
+    return given.shape == value.shape and bool((given == value).all())
 
 
 def _decoder(

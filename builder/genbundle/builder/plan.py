@@ -4,7 +4,7 @@ stops. Nothing is guessed."""
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,17 +19,22 @@ from genbundle.runtime.positions import POSITION_RULES, position_ids
 
 Inputs = dict[str, torch.Tensor]
 Phase = Literal["prompt", "step"]
+_ENTRIES = ("input_ids", "use_cache", "return_dict", "mm_encoder_outputs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
     """One eager generation: its inputs, and the forward's kwargs for the prompt and for a step; of an encoder-decoder
-    also its encoder's."""
+    also its encoder's.
+
+    inner: the model inside whose generate this one's calls, with what; the forward is then the inner model's.
+    """
 
     inputs: Inputs
     prompt: dict[str, Any]
     step: dict[str, Any]
     encoder: dict[str, Any] | None = None
+    inner: tuple[PreTrainedModel, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +42,19 @@ class Call:
     """How the runtime calls the decoder.
 
     sources: per forward argument. constants: arguments that never change. position_axes: leading axes of position ids
-    before the batch (3 or 4 for M-RoPE, else 0).
+    before the batch (3 or 4 for M-RoPE, else 0). unmasked: how much longer a step's past is than the mask says, of a
+    model that puts pictures before the prompt.
     """
 
     sources: dict[str, Source]
     constants: dict[str, Any]
     position_axes: int = 0
+    unmasked: int = 0
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The user's inputs beside text that it takes as they are."""
+        return tuple(source.name or "" for source in self.sources.values() if source.kind == "user")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +113,18 @@ def _encoder_calls(model: PreTrainedModel) -> Iterator[list[dict[str, Any]]]:
 def make_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
     """The rule of every decoder argument; UnsupportedModelError names the one that has none."""
     name = type(model).__name__
+    inner = any(item.inner is not None for item in captures)
     for item in captures:
-        if item.prompt.get("input_ids") is None:
+        if item.prompt.get("input_ids") is None and not inner:
             raise UnsupportedModelError(f"{name}: the decoder's prompt has no input_ids")
     step_kwargs = captures[0].step
     cache_argument = next((key for key, value in step_kwargs.items() if isinstance(value, Cache)), "past_key_values")
     layers = describe_layers(step_kwargs.get(cache_argument), name)
-    text = not any("mm_encoder_outputs" in item.prompt for item in captures)
+    text = not inner and not any(item.prompt.get("mm_encoder_outputs") for item in captures)
     step = _explain(model, captures, "step")
     prompt = _explain(model, captures, "prompt") if text else None
+    if prompt is not None and prompt.media:
+        step = replace(step, unmasked=_unmasked(captures, cache_argument, name))
     return Plan(step=step, prompt=prompt, layers=layers, cache_argument=cache_argument)
 
 
@@ -122,7 +137,7 @@ def _explain(model: PreTrainedModel, captures: list[Capture], phase: Phase) -> C
     for argument in {key: None for item in captures for key in getattr(item, phase)}:
         values = [getattr(item, phase).get(argument) for item in captures]
         given = [value for value in values if value is not None]
-        if argument in ("input_ids", "use_cache", "return_dict") or all(isinstance(value, Cache) for value in given):
+        if argument in _ENTRIES or all(isinstance(value, Cache) for value in given):
             continue
         if not any(isinstance(value, torch.Tensor) for value in values):
             _expect_constant(name, argument, values)
@@ -134,11 +149,30 @@ def _explain(model: PreTrainedModel, captures: list[Capture], phase: Phase) -> C
         elif argument == "position_ids":
             sources[argument] = _explain_positions(model, captures)
             position_axes = 0 if values[0] is None or values[0].dim() == 2 else values[0].shape[0]
+        elif phase == "prompt" and all(_equal_to_input(item, argument) for item in captures):
+            sources[argument] = Source(kind="user", name=argument)
         elif not _needed(model, argument, captures, phase):
             continue
         else:
             raise UnsupportedModelError(f"{name}: the decoder's {phase} input {argument!r} has no explanation")
     return Call(sources=sources, constants=constants, position_axes=position_axes)
+
+
+def _equal_to_input(item: Capture, argument: str) -> bool:
+    given, found = item.inputs.get(argument), item.prompt.get(argument)
+    return given is not None and found is not None and given.shape == found.shape and torch.equal(given, found)
+
+
+def _unmasked(captures: list[Capture], cache_argument: str, name: str) -> int:
+    """How much longer the past of every captured step is than the mask says."""
+    counts = set()
+    for item in captures:
+        past, mask = item.step[cache_argument], item.step.get("attention_mask")
+        if mask is not None:
+            counts.add(past.get_seq_length() + item.step["input_ids"].shape[1] - mask.shape[1])
+    if len(counts) > 1:
+        raise UnsupportedModelError(f"{name}: pictures take {sorted(counts)} places before the prompt, unexplained")
+    return counts.pop() if counts else 0
 
 
 def constant_arguments(calls: Sequence[Mapping[str, Any]], whose: str, ignored: Collection[str]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         model, plan.layers, fused=fused, cache_argument=plan.cache_argument, constants=plan.step.constants
     ).eval()
     sample, axes = text_sample(plan.step, new=NEW if plan.continues else 1, past=PAST)
+    past = PAST + plan.step.unmasked
     decode = Component(
         name="decode",
         roles=("merge", "language_model", "lm_head", "decode"),
@@ -53,7 +54,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         axes=axes,
         sources=plan.step.sources,
     )
-    return with_past(decode, plan.layers)
+    return with_past(decode, plan.layers, past)
 
 
 def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
@@ -150,13 +151,13 @@ def with_present(component: Component, layers: Sequence[Layer], symbol: str) -> 
     return replace(component, axes=axes, states=states)
 
 
-def with_past(component: Component, layers: Sequence[Layer]) -> Component:
-    """`component` with what its layers keep as inputs and outputs."""
+def with_past(component: Component, layers: Sequence[Layer], size: int = PAST) -> Component:
+    """`component` with what its layers keep as inputs, grown to `size` in the sample, and outputs."""
     sample, sources, axes = dict(component.sample), dict(component.sources), dict(component.axes)
     for index, layer in enumerate(layers):
         for kind, shape in layer.shapes():
             past = f"past_{index}_{kind}"
-            sample[past] = torch.zeros(BATCH, *(PAST if size is None else size for size in shape))
+            sample[past] = torch.zeros(BATCH, *(size if fixed is None else fixed for fixed in shape))
             axes[past] = _state_axes(shape, "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
     return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")

@@ -15,6 +15,10 @@ from genbundle.bundles import BuildError
 
 Inputs = dict[str, torch.Tensor]
 _PAST_WINDOW = 5  # how far a held-out prompt goes beyond a sliding window
+# The steps may be masked otherwise than the prompt.
+_FIRST_LOGITS: dict[str, Any] = {
+    "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True
+}  # fmt: skip
 _LONGEST_SAMPLE = 1100  # tokens of a held-out prompt: eager runs it too
 
 
@@ -74,24 +78,34 @@ class SampleMaker:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def longer(self, sample: Inputs, extra: int) -> Inputs:
-        """`sample` with `extra` random tokens after it; arrays shaped like the ids repeat their last column."""
+        """`sample` with `extra` random tokens after it; arrays with a row per token repeat their last one."""
         ids, result = sample["input_ids"], dict(sample)
         picked = torch.randint(len(self._allowed), (ids.shape[0], extra), generator=self._generator)
         for name, tensor in sample.items():
-            if tensor.shape == ids.shape:
-                more = self._allowed[picked] if name == "input_ids" else tensor[:, -1:].expand(-1, extra)
+            if per_token(tensor, ids):
+                more = self._allowed[picked] if name == "input_ids" else tensor[:, -1:].repeat_interleave(extra, 1)
                 result[name] = torch.cat([tensor, more.to(tensor.dtype)], 1)
         return result
 
     def other_content(self, sample: Inputs) -> Inputs:
-        """`sample` with its floating-point inputs (pixels, features) replaced by noise of the same mean and spread."""
+        """`sample` with its floating-point inputs (pixels, features) replaced by noise of the same mean and spread.
+
+        Columns of whole numbers stay: they are places or marks. So do arrays with a row per token, its box on the page.
+        """
         result = dict(sample)
         for name, tensor in sample.items():
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=self._generator)
-                spread = tensor.float().std() if tensor.numel() > 1 else 1.0
-                result[name] = (noise * spread + tensor.float().mean()).to(tensor.dtype)
+            if not tensor.is_floating_point() or ("input_ids" in sample and per_token(tensor, sample["input_ids"])):
+                continue
+            noise = torch.randn(tensor.shape, generator=self._generator)
+            spread = tensor.float().std() if tensor.numel() > 1 else 1.0
+            whole = (tensor == tensor.round()).flatten(0, -2).all(0) if tensor.dim() > 1 else torch.tensor(False)
+            result[name] = torch.where(whole, tensor, (noise * spread + tensor.float().mean()).to(tensor.dtype))
         return result
+
+
+def per_token(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether `tensor` has a row for each of the token ids `[batch, length]`."""
+    return tensor.dim() > 1 and tensor.shape[:2] == ids.shape
 
 
 def left_padded(samples: Sequence[Inputs], pad: int) -> Inputs:
@@ -102,9 +116,10 @@ def left_padded(samples: Sequence[Inputs], pad: int) -> Inputs:
         parts = []
         for sample in samples:
             tensor, missing = sample[name], longest - sample["input_ids"].shape[1]
-            if tensor.shape == sample["input_ids"].shape:
+            if per_token(tensor, sample["input_ids"]):
                 value = pad if name == "input_ids" else 0
-                tensor = torch.nn.functional.pad(tensor, (missing, 0), value=value)
+                room = (0, 0) * (tensor.dim() - 2) + (missing, 0)
+                tensor = torch.nn.functional.pad(tensor, room, value=value)
             parts.append(tensor)
         result[name] = torch.cat(parts)
     return result
@@ -231,7 +246,7 @@ def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
         return None
     joined: Inputs = {}
     for name, tensor in first.items():
-        axis = 1 if tensor.shape == first["input_ids"].shape else 0
+        axis = 1 if per_token(tensor, first["input_ids"]) else 0
         if tensor.shape[axis + 1 :] != second[name].shape[axis + 1 :]:
             return None
         joined[name] = torch.cat([tensor, second[name]], axis)
@@ -260,12 +275,7 @@ def generates_from_text_alone(model: PreTrainedModel) -> bool:
     padded = left_padded([alone, maker.text(6)], padding_token(model))
     try:
         with quiet(), torch.no_grad():
-            logits = [
-                generate(
-                    **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-                ).logits[0][0]
-                for inputs in (alone, padded)
-            ]
+            logits = [torch.stack(generate(**inputs, **_FIRST_LOGITS).logits)[:, 0] for inputs in (alone, padded)]
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return False
     return torch.allclose(*logits, rtol=1e-3, atol=1e-3)

@@ -63,7 +63,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """One exported program; `roles` lists what was fused into it, in the order of the computation."""
+    """One exported program; `roles` lists what was fused into it, in the order of the computation.
+
+    placeholder_id: the token that stands in a prompt once for each row of the program's first output beside logits and
+    state, its features; `images.token_id` for an encoder of pictures that says nothing.
+    """
 
     name: str
     file: str
@@ -71,6 +75,7 @@ class Program:
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
     modality: str | None = None
+    placeholder_id: int | None = None
     method: str | None = None
     precision: str = "fp32"
 

@@ -273,20 +273,20 @@ class _Call:
 
     def _check_placeholders(self, entry: ProgramEntry, outputs: Mapping[str, Any]) -> None:
         """Refuse a prompt whose placeholder tokens aren't as many as the features that take their place."""
-        images = self.wiring.manifest.images
-        if images is None or images.token_id is None or entry.modality != "image":
+        images, kind = self.wiring.manifest.images, entry.modality or "media"
+        token = entry.placeholder_id
+        if token is None and images is not None and kind == "image":
+            token = images.token_id
+        name = next((item.name for item in entry.outputs if item.state is None and item.name != "logits"), None)
+        if token is None or name is None:
             return
-        features = self.wiring.backend.to_numpy(outputs[entry.outputs[0].name])
-        found, placeholders = (
-            features.size // features.shape[-1],
-            int((self.inputs["input_ids"] == images.token_id).sum()),
-        )
+        features = self.wiring.backend.to_numpy(outputs[name])
+        found, placeholders = features.size // features.shape[-1], int((self.inputs["input_ids"] == token).sum())
         if found != placeholders:
-            per_image = images.tokens_per_image
-            detail = (
-                f" ({placeholders / per_image:g} pictures' worth, {found / per_image:g} given)" if per_image else ""
-            )
+            each = images.tokens_per_image if images is not None and kind == "image" else None
+            detail = f" ({placeholders / each:g} pictures' worth, {found / each:g} given)" if each else ""
             raise InputError(
-                f"the prompt holds {placeholders} image tokens, the pictures give {found} features{detail}: "
-                "one placeholder is needed for each picture"
+                f"the prompt holds {placeholders} {kind} tokens, the {'pictures' if kind == 'image' else kind} "
+                f"{'give' if kind == 'image' else 'gives'} {found} features{detail}: "
+                f"one placeholder is needed for each {'picture' if kind == 'image' else 'feature'}"
             )

@@ -139,6 +139,7 @@ def _describe(model: ir.Model, component: Component, states: dict[str, State]) -
         file=f"{component.name}.onnx",
         roles=component.roles,
         modality=component.modality,
+        placeholder_id=component.placeholder_id,
         inputs=inputs,
         outputs=tuple(outputs),
     )

@@ -84,6 +84,7 @@ def describe_program(
         method=method,
         roles=component.roles,
         modality=component.modality,
+        placeholder_id=component.placeholder_id,
         inputs=describe_inputs(component, set(component.sample), lambda name: name),
         outputs=outputs,
     )

@@ -1,0 +1,243 @@
+"""A prompt's program with everything in it: encoder, projector, merge, language model and head.
+
+For models whose media can't be cut from their language model: the program is the model's own top-level forward, from
+the user's tensors to logits and the present. Steps go through the same `decode` as a text model's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from genbundle.builder.components import Component, name_axes
+from genbundle.builder.decoder import Decoder
+from genbundle.builder.exporting import first_line
+from genbundle.builder.image_text import image_text_components, placeholder_token
+from genbundle.builder.inner import InnerPrompt, explain_inner
+from genbundle.builder.plan import Call, Capture, Inputs, Plan, capture, make_plan
+from genbundle.builder.programs import can_fuse_prompt, step_component, text_components, with_present
+from genbundle.builder.samples import generates_from_text_alone
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Flow, Route, Source
+from genbundle.runtime.inputs import TEXT_INPUTS
+
+FEATURES = "features"
+_FAILURES = (UnsupportedModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+class _Size:
+    """The size of pieces that is only known when the program runs; good for `split` and nothing else."""
+
+    def item(self) -> "_Size":
+        """Itself, as a number would be."""
+        return self
+
+
+class _Media(TorchFunctionMode):
+    """What happens to media inside the block, seen and made traceable.
+
+    scattered: what `masked_scatter` puts in the place of placeholders, `[features, width]` each. Models deal features
+    out picture by picture, by sizes that they read from a tensor, and join them again before that: here they stay
+    joined, since a Python loop over them would bake the number of pictures into the program.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scattered: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        # By name, since exporters put functions of their own in these places.
+        given, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        # A tracer's own `tolist` unbinds.
+        if name in ("tolist", "unbind") and args[0].dim() == 1 and not args[0].is_floating_point():
+            return [_Size()]
+        if name.startswith("split") and any(_runtime_sizes(item) for item in (*args, *given.values())):
+            return (args[0],)
+        if name.startswith("masked_scatter"):
+            source = given["source"] if "source" in given else args[2]
+            self.scattered.append(source.reshape(-1, source.shape[-1]))
+        return func(*args, **given)
+
+
+def _runtime_sizes(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, _Size) for item in value)
+
+
+class Fused(torch.nn.Module):
+    """The program of a prompt with media, around the decoder that computes it.
+
+    features: which of the scattered features are an output, to be counted against the prompt's placeholders; None for
+    none.
+    """
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder, self.config = decoder, decoder.config
+        self.features: int | None = None
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits and present, and the features that took the placeholders' places."""
+        with _Media() as media:
+            outputs = self.decoder(**inputs)
+        if self.features is not None:
+            outputs[FEATURES] = media.scattered[self.features].contiguous()
+        return outputs
+
+
+@contextmanager
+def media_in_forward(model: PreTrainedModel) -> Iterator[None]:
+    """`model.generate` hands pictures to forward as they are inside the block, instead of encoding them before."""
+    model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
+    try:
+        yield
+    finally:
+        del model.__dict__["_supports_mm_encoder_outputs"]
+
+
+def capture_whole(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture]:
+    """Captures whose prompts hold the user's pictures."""
+    with media_in_forward(model):
+        return capture(model, samples)
+
+
+def decoder_components(
+    model: PreTrainedModel, captures: list[Capture], *, fuse: bool, capacity: int | None
+) -> tuple[list[Component], Flow]:
+    """The programs of a decoder, cut where it can be: at its encoders, else nowhere but between prompt and step.
+
+    fuse: use ONNX Runtime's GroupQueryAttention where a program's attention allows it. Raises UnsupportedModelError.
+    """
+    if captures[0].inner is not None:
+        inner = captures[0].inner[0]
+        plan = make_plan(inner, captures)
+        call, handed = explain_inner(model, captures, plan.step)
+        plan = replace(plan, prompt=call)
+        return fused_components(model, plan, captures, fuse=fuse, capacity=capacity, inner=inner, handed=handed)
+    if not any(item.prompt.get("mm_encoder_outputs") for item in captures):
+        plan = make_plan(model, captures)
+        if plan.prompt is None or not plan.prompt.media:
+            return text_components(model, plan, captures, fuse=fuse, capacity=capacity)
+        return fused_components(model, plan, captures, fuse=fuse, capacity=capacity)
+    try:
+        plan, alone = make_plan(model, captures), generates_from_text_alone(model)
+        return image_text_components(model, plan, captures, fuse=fuse, capacity=capacity, text_alone=alone)
+    except _FAILURES as error:
+        try:
+            whole = capture_whole(model, [item.inputs for item in captures])
+            return fused_components(model, make_plan(model, whole), whole, fuse=fuse, capacity=capacity)
+        except UnsupportedModelError as second:
+            raise UnsupportedModelError(f"{_told(error)}; as one program: {second}") from second
+
+
+def fused_components(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None,
+    inner: PreTrainedModel | None = None, handed: tuple[str, ...] = (),
+) -> tuple[list[Component], Flow]:  # fmt: skip
+    """The programs `prompt`, for prompts with media, and `decode`, for steps and prompts of text alone.
+
+    inner: the model inside that generates, whose prompt gets the arguments `handed` from the outer generate.
+    """
+    assert plan.prompt is not None
+    owner = model if inner is None else inner
+    fused = fuse and can_fuse_prompt(owner, plan, captures)
+
+    def decoder(*, fused: bool) -> Decoder:
+        options: dict[str, Any] = {
+            "layers": plan.layers,
+            "fused": fused,
+            "begins": True,
+            "cache_argument": plan.cache_argument,
+            "constants": plan.prompt.constants if plan.prompt is not None else {},
+        }
+        return Decoder(model, **options) if inner is None else InnerPrompt(model, inner, handed, **options)
+
+    samples = [_tensors(item, plan.prompt.sources) for item in captures]
+    token, features = _placeholder(Fused(decoder(fused=False)).eval(), captures, samples)
+    module = Fused(decoder(fused=fused)).eval()
+    module.features = features
+    prompt = replace(_prompt_component(model, plan, module, samples, token), fusions=fused or not fuse)
+    decode = step_component(owner, plan, captures, fuse=fuse)
+    media = Route(programs=("prompt",), needs=_needs(plan.prompt))
+    text = Route(programs=("decode",), one_by_one=not plan.continues)
+    routes = (media, text) if generates_from_text_alone(model) and not plan.step.unmasked else (media,)
+    flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
+    return [prompt, decode], flow
+
+
+def _needs(call: Call) -> tuple[str, ...]:
+    return tuple(sorted(name for name in call.media if name not in TEXT_INPUTS))
+
+
+def _prompt_component(
+    model: PreTrainedModel, plan: Plan, module: Fused, samples: list[dict[str, torch.Tensor]], token: int | None
+) -> Component:
+    call = plan.prompt
+    assert call is not None
+    sizes = {tuple(sample["input_ids"].shape[axis] for sample in samples): axis for axis in (1, 0)}
+    known = {key: ("batch", "sequence")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
+    # With placeholders pictures are counted apart from sequences, though each captured sequence has one.
+    apart = {
+        name
+        for name in (call.media if token is not None else ())
+        if any(sample[name].shape[:2] != sample["input_ids"].shape for sample in samples)
+    }
+    axes = {
+        **name_axes([{k: v for k, v in sample.items() if k not in apart} for sample in samples], known),
+        **name_axes([{k: v for k, v in sample.items() if k in apart} for sample in samples]),
+        "logits": {0: "batch"},
+    }
+    component = Component(
+        name="prompt",
+        roles=("encoder", "projector", "merge", "language_model", "lm_head"),
+        modality=modality(model, call.media),
+        module=module,
+        sample=samples[0],
+        axes={**axes, **({FEATURES: {0: FEATURES}} if token is not None else {})},
+        sources=call.sources,
+        placeholder_id=token,
+    )
+    return with_present(component, plan.layers, "total" if plan.step.unmasked else "sequence")
+
+
+def modality(model: PreTrainedModel, media: Sequence[str]) -> str:
+    """What kind of media the model's inputs hold: image, audio or video."""
+    known = [kind for kind in getattr(model, "input_modalities", ()) if kind != "text"]
+    told = {"pixel_values_videos": "video", "pixel_values": "image", "input_features": "audio", "input_values": "audio"}
+    return next((told[name] for name in media if told.get(name) in known), known[0] if known else "image")
+
+
+def _tensors(item: Capture, sources: Mapping[str, Source]) -> dict[str, torch.Tensor]:
+    """The tensors of a captured prompt, with the mask that generate drops when it is all ones."""
+    given = item.prompt if item.inner is None else {**item.inputs, "position_ids": item.prompt.get("position_ids")}
+    tensors = {name: given.get(name) for name in sources}
+    if "attention_mask" in tensors and tensors["attention_mask"] is None:
+        tensors["attention_mask"] = torch.ones_like(given["input_ids"])
+    missing = next((name for name, value in tensors.items() if value is None), None)
+    if missing is not None:
+        raise UnsupportedModelError(f"prompt: its input {missing!r} is given in some runs only, unexplained")
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def _placeholder(
+    module: Fused, captures: list[Capture], samples: list[dict[str, torch.Tensor]]
+) -> tuple[int | None, int | None]:
+    """The token that stands for the features of one `masked_scatter`, and which one; None without one."""
+    counts = []
+    for sample in samples:
+        with torch.no_grad(), _Media() as media:
+            module.decoder(**sample)
+        counts.append([len(features) for features in media.scattered])
+    for index, each in enumerate(zip(*counts, strict=False)):
+        token = placeholder_token(captures, list(each))
+        if token is not None:
+            return token, index
+    return None, None
+
+
+def _told(error: BaseException) -> str:
+    """A cause as part of a sentence."""
+    return str(error) if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {first_line(error)}"
