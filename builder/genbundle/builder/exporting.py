@@ -85,6 +85,8 @@ def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
             continue
         for axis, symbol in named.items():
             size = node.meta["val"].shape[axis]
+            if not isinstance(size, int) and (number := size.node.maybe_as_int()) is not None:
+                size = number  # what a guard fixed during the trace is still a symbol's value
             if isinstance(size, int):
                 raise UnsupportedModelError(
                     f"axis {axis} ({symbol}) of its input {name!r} is fixed at {size} by the model's code"
