@@ -1,5 +1,10 @@
 """Bad input to `build_bundle`: a typed error that says what was given and what to do, and nothing is left behind."""
 
+import errno
+import io
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +129,43 @@ def test_the_callers_model_is_as_before(dtype):
     assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
     for name, item in model.state_dict().items():
         assert item.dtype == before[name].dtype and torch.equal(item, before[name]), name
+
+
+def test_a_directorys_own_code_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask on standard input, which a script may answer, and the question would not be seen."""
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(BuildError, match="it needs Python code of its own beside its weights, which a build doesn't"):
+        build_bundle(model, output=tmp_path / "b", progress=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_processor_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(BuildError, match="processor: the one of '/no/such/folder' can't be loaded"):
+        build_bundle(tiny_llama(), processor="/no/such/folder", output=tmp_path / "b", progress=False)
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(BuildError, match=r"processor: the one of '.*' can't be loaded"):
+        build_bundle(folder, output=tmp_path / "b", progress=False)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
+
+    monkeypatch.setattr(build_module, "_export", full)
+    with pytest.raises(BuildError, match=r"can't be written to .*b: no space is left there; nothing was kept"):
+        build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match="can't be written to"):
+        build_bundle(tiny_llama(), output=tmp_path / "file" / "b", progress=False)

@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genbundle.builder.formats.executorch import PROGRAM_FILE, Method, export_executorch, lower
+from genbundle.builder.limits import limits_of
 from genbundle.builder.plan import capture, make_plan
 from genbundle.builder.samples import make_samples
 from genbundle.builder.stateful import probe_layers
@@ -42,7 +43,9 @@ _TINY = {"hidden_size": 64, "vocab_size": 200, "num_hidden_layers": 2}
 
 def build(model: hf.PreTrainedModel, folder: Path, samples: list[dict[str, torch.Tensor]] = []) -> Bundle:  # noqa: B006
     """A bundle of `model` with nothing in it but the .pte."""
-    captures = capture(model, make_samples(model, samples).capture) if samples else []
+    captures = (
+        capture(model, make_samples(model, samples, limits_of(model, "xnnpack", None)).capture) if samples else []
+    )
     positions = make_plan(model, captures).sources.get("position_ids") if samples else None
     exported = export_executorch(
         model, max_length=CAPACITY, eos_token_ids=(2,), captures=captures, positions=positions,

@@ -1,5 +1,8 @@
 """Finished bundles against `model.generate`: the same sequences for inputs that neither capture nor build saw."""
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +121,54 @@ def test_the_longest_length_counts_padding_and_pad_tokens_are_masked(backend, lo
     expected = eager(model, {"input_ids": batch["input_ids"]}, max_length=17)
     found = bundle.generate(input_ids=batch["input_ids"].numpy(), max_length=17, do_sample=False).sequences
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_least_length_counts_padding(backend, loaded):
+    model, bundle = models.make("llama"), loaded("llama", backend)
+    batch = padded(models.text_ids(2, seed=6), models.text_ids(6, seed=7))
+    end = int(eager(model, batch, max_new_tokens=1)[0, -1])
+    options = {"min_length": 9, "eos_token_id": end, "max_new_tokens": 8}
+    found = bundle.generate(**arrays(batch), **options, do_sample=False).sequences
+    np.testing.assert_array_equal(found, eager(model, batch, **options))
+
+
+def test_the_callers_pad_token_is_padding(loaded):
+    model, bundle = models.make("llama"), loaded("llama")
+    ids = torch.tensor([[9, 9, 5, 6]])
+    for options in ({"pad_token_id": 9}, {"pad_token_id": 9, "eos_token_id": 9}):
+        expected = eager(model, {"input_ids": ids}, max_new_tokens=6, **options)
+        found = bundle.generate(input_ids=ids.numpy(), max_new_tokens=6, do_sample=False, **options).sequences
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_threads_never_read_each_others_state(loaded):
+    """Each call gives its own tokens or says that another began: never another's."""
+    bundle, ids, before = loaded("llama", "xnnpack"), models.text_ids(5, seed=1).numpy(), sys.getswitchinterval()
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_ids": ()}
+    asked = [ids, models.text_ids(11, seed=2).numpy()]
+    right = [bundle.generate(input_ids=each, **options).sequences.tolist() for each in asked]
+    wrong = []
+
+    def ask(index: int) -> None:
+        for _ in range(40):
+            try:
+                found = bundle.generate(input_ids=asked[index], **options).sequences.tolist()
+            except EngineError:
+                continue
+            if found != right[index]:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in (0, 1)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 def test_one_generation_at_a_time_where_programs_keep_the_state(loaded):

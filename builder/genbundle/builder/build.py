@@ -1,8 +1,10 @@
 """build_bundle: the recipe in order. Load, capture, explain, export, verify, publish."""
 
+import errno
 import gc
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.fused import decoder_components
 from genbundle.builder.image_text import image_token
 from genbundle.builder.inner import capture_calls
+from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, load
 from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
@@ -27,7 +30,6 @@ from genbundle.builder.samples import (
     as_inputs,
     from_processor,
     make_samples,
-    smallest_window,
 )
 from genbundle.builder.turns import turn_components
 from genbundle.builder.verify import GOLDEN_LOGITS, record
@@ -40,7 +42,6 @@ from genbundle.runtime import load_bundle
 from genbundle.runtime.verify import replay
 
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32",), "xnnpack": ("fp32",), "torch": ("fp32",)}
-_XNNPACK_MAX_LENGTH = 2048  # the cache is part of the program's memory, so it isn't the model's whole context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,21 +97,31 @@ def build_bundle(
         announce("load the model")
         loaded = load(model, processor)
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
-        with new_bundle(target, overwrite=overwrite) as writer:
+        with _writing(target), new_bundle(target, overwrite=overwrite) as writer:
             with borrowed(loaded.model) as eager:
-                samples = make_samples(eager, given or from_processor(eager, loaded.processor))
-                manifest = _export(loaded, samples, settings, writer.path, announce)
+                limits = limits_of(eager, backend, max_length)
+                samples = make_samples(eager, given or from_processor(eager, loaded.processor), limits)
+                manifest = _export(loaded, samples, settings, limits, writer.path, announce)
                 held_out = samples.held_out if settings.verify else {}
                 cases = [record(eager, name, inputs) for name, inputs in held_out.items()]
-                window = smallest_window(eager)
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
             del loaded, eager
             gc.collect()
             if settings.verify:
                 announce("verify")
-                manifest = _verify(cases, window, manifest, writer)
+                manifest = _verify(cases, limits, manifest, writer)
             announce("publish")
             return writer.commit(manifest)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """BuildError for what the operating system refuses while the bundle is made."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no space is left there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else first_line(error)
+        raise BuildError(f"the bundle can't be written to {target}: {reason}; nothing was kept") from error
 
 
 def _check_settings(backend: str, precision: str, max_length: int | None, verify: bool) -> Settings:
@@ -126,17 +137,14 @@ def _check_settings(backend: str, precision: str, max_length: int | None, verify
 
 
 def _export(
-    loaded: Loaded, samples: Samples, settings: Settings, folder: Path, announce: Callable[[str], None]
+    loaded: Loaded, samples: Samples, settings: Settings, limits: Limits, folder: Path, announce: Callable[[str], None]
 ) -> Manifest:
     """Capture, explain and export; everything of the manifest but the verification."""
     model = loaded.model
     generation = describe_generation(model)
     announce("capture")
     captures = capture_calls(model, samples.capture)
-    capacity = settings.max_length or _context_length(model)
-    if settings.backend == "xnnpack" and settings.max_length is None:
-        capacity = min(capacity or _XNNPACK_MAX_LENGTH, _XNNPACK_MAX_LENGTH)
-    exported = _FORMATS[settings.backend](model, captures, capacity, folder, announce)
+    exported = _FORMATS[settings.backend](model, captures, limits.capacity, folder, announce)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
@@ -159,7 +167,7 @@ def _export(
             parameters=sum(parameter.numel() for parameter in parameters),
             weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         ),
-        flow=exported.flow,
+        flow=replace(exported.flow, restart=limits.restart),
         programs=exported.programs,
         state=exported.state,
         weights=exported.weights,
@@ -228,9 +236,9 @@ def _executorch(
     from genbundle.builder.formats.executorch_explicit import export_explicit
 
     announce("explain")
-    size = capacity or _XNNPACK_MAX_LENGTH
+    assert capacity is not None  # limits_of
     try:
-        return _stateful(model, captures, size, folder, announce)
+        return _stateful(model, captures, capacity, folder, announce)
     except UnsupportedModelError as error:
         refusal = error
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
@@ -238,8 +246,8 @@ def _executorch(
             f"{type(model).__name__} can't be run with a cache of its own: {first_line(error)}"
         )
     try:
-        components, flow, notes = _components(model, captures, size, fuse=False)
-        exported = export_explicit(components, size, folder / PROGRAM_FILE, announce)
+        components, flow, notes = _components(model, captures, capacity, fuse=False)
+        exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
@@ -280,11 +288,8 @@ _FORMATS: dict[str, Callable[..., Exported]] = {
 }
 
 
-def _verify(cases: list[GoldenCase], window: int | None, manifest: Manifest, writer: BundleWriter) -> Manifest:
-    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written.
-
-    window: the model's smallest sliding window, which the report says if the cases didn't reach.
-    """
+def _verify(cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter) -> Manifest:
+    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written."""
     device = "cpu" if manifest.backend == "cuda" else None
     try:
         with quiet():  # an engine logs what it fails at
@@ -307,8 +312,9 @@ def _verify(cases: list[GoldenCase], window: int | None, manifest: Manifest, wri
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
     notes = manifest.notes
     longest = max(check.prompt_length + check.new_tokens for check in checks)
-    if window is not None and window > longest:
-        notes += (f"verified on up to {longest} tokens: the layers' window of {window} was not reached",)
+    missed = limits.not_reached(longest)
+    if missed:
+        notes += (f"verified on up to {longest} tokens: {' and '.join(missed)} was not reached",)
     report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
     return replace(manifest, verification=report, notes=notes)
 
@@ -328,12 +334,6 @@ def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest 
         programs=tuple(program for program in manifest.programs if program.name in used),
         notes=(*manifest.notes, first_line(RuntimeError(note))),
     )
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """The most positions that the model's own config allows."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _packages(backend: str) -> dict[str, str]:

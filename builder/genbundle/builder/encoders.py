@@ -148,8 +148,8 @@ def _getter_module(
         return FeatureGetter(model, getter, features)
     for call in reversed(calls):
         found = {name: _field_of(value, call.fields) for name, value in wanted.items()}
-        if all(found.values()) and sum(other.module is call.module for other in calls) == 1:
-            outputs = {name: (field, wanted[name].shape[1:]) for name, field in found.items() if field}
+        outputs = {name: (field, wanted[name].shape[1:]) for name, field in found.items() if field is not None}
+        if outputs.keys() == wanted.keys() and sum(other.module is call.module for other in calls) == 1:
             return CutGetter(model, getter, call.module, outputs)
     return FeatureGetter(model, getter, features)
 

@@ -32,6 +32,11 @@ _AUTO_CLASSES = (
     AutoModelForCausalLM,
 )
 
+_PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
@@ -47,10 +52,11 @@ def load(model: Any, processor: Any | None) -> Loaded:
     name = type(model).__name__
     if isinstance(model, str | os.PathLike):
         name = Path(model).name if Path(model).exists() else str(model)
-        model, found = _from_pretrained(str(model))
-        processor = processor or found
-    elif isinstance(processor, str | os.PathLike):
-        processor = _load_processor(str(processor))
+        source = str(model)
+        model = _from_pretrained(source)
+        processor = processor or _load_processor(source, asked=False)
+    if isinstance(processor, str | os.PathLike):
+        processor = _load_processor(str(processor), asked=True)
     if not isinstance(model, PreTrainedModel):
         raise BuildError(
             f"model: expected a transformers PreTrainedModel, a directory or a hub id, got {type(model).__name__}"
@@ -94,25 +100,40 @@ def borrowed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             module.training = mode
 
 
-def _from_pretrained(source: str) -> tuple[PreTrainedModel, Any | None]:
+def _from_pretrained(source: str) -> PreTrainedModel:
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise BuildError(f"model: no such directory {source!r}")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise BuildError(f"model: {source!r} holds no config.json: it isn't a saved transformers model")
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source)
+            # Asked nothing, transformers would ask on the terminal whether to run the directory's own code.
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             fitting = (auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping)  # pyright: ignore
             auto: Any = next(fitting, AutoModelForCausalLM)
-            model = auto.from_pretrained(source, config=config, dtype=torch.float32)
+            return auto.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise BuildError(f"model: {source!r} can't be loaded: {first_line(error)}") from error
-    return model, _load_processor(source)
+        raise BuildError(f"model: {source!r} can't be loaded: {_reason(error)}") from error
 
 
-def _load_processor(source: str) -> Any | None:
+def _load_processor(source: str, *, asked: bool) -> Any | None:
+    """The processor or tokenizer at `source`; None where there is none, for a bundle that takes token ids.
+
+    Raises BuildError for one that can't be loaded, and, where it was asked for, for none.
+    """
+    folder = Path(source)
+    if not asked and folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None
     try:
         with quiet():
-            return AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a model without a tokenizer: its bundle takes token ids
+            return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer's own code and files do
+        if not asked and not folder.is_dir() and isinstance(error, OSError):
+            return None
+        raise BuildError(f"processor: the one of {source!r} can't be loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own beside its weights, which a build doesn't run: load it yourself"
+    return first_line(error)

@@ -11,10 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.exporting import first_line, quiet
+from genbundle.builder.limits import Limits
+from genbundle.builder.verify import NEW_TOKENS
 from genbundle.bundles import BuildError
 
 Inputs = dict[str, torch.Tensor]
 _PAST_WINDOW = 5  # how far a held-out prompt goes beyond a sliding window
+_LONG = 200  # tokens of the held-out prompt that is to show what a model does otherwise from some length on
 # The steps may be masked otherwise than the prompt.
 _FIRST_LOGITS: dict[str, Any] = {
     "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True
@@ -166,8 +169,27 @@ def _question(processor: Any, question: str) -> str:
     return f"{getattr(processor, 'image_token', '<image>')}{question}"
 
 
-def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
-    """Samples for the capture and held-out inputs, from what was given or, for a text model, its vocabulary."""
+def make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -> Samples:
+    """Samples for the capture and held-out inputs, from what was given or, for a text model, its vocabulary.
+
+    Raises BuildError for inputs that can't be used, and for a capacity that they don't fit in.
+    """
+    samples = _make_samples(model, given, limits)
+    longest = max(_tokens(sample) for sample in samples.held_out.values()) + NEW_TOKENS
+    if limits.capacity is not None and longest > limits.capacity:
+        raise BuildError(
+            f"a bundle of {limits.capacity} tokens can't be checked: the longest sample takes {longest} (prompt and "
+            "generated): raise max_length, or give shorter inputs"
+        )
+    return samples
+
+
+def _tokens(sample: Inputs) -> int:
+    ids = sample.get("decoder_input_ids", sample.get("input_ids"))
+    return 1 if ids is None else ids.shape[1]
+
+
+def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -> Samples:
     maker, pad = SampleMaker(model), padding_token(model)
     if not given:
         capture = [left_padded([maker.text(5), maker.text(9)], pad), maker.text(6)]
@@ -177,9 +199,13 @@ def make_samples(model: PreTrainedModel, given: list[Inputs]) -> Samples:
             "longer prompt": maker.text(33),
             "padded batch": left_padded([maker.text(4), maker.text(12), maker.text(7)], pad),
         }
-        window = smallest_window(model)
-        if window is not None and 33 < window + _PAST_WINDOW <= _LONGEST_SAMPLE:
-            held_out["prompt past the window"] = maker.text(window + _PAST_WINDOW)
+        longest = min(limits.capacity or _LONGEST_SAMPLE, _LONGEST_SAMPLE + NEW_TOKENS) - NEW_TOKENS
+        marks = {"long prompt": _LONG}
+        if limits.window is not None:
+            marks["prompt past the window"] = limits.window + _PAST_WINDOW
+        if limits.restart is not None:
+            marks["past the length of a restart"] = limits.restart - NEW_TOKENS // 2
+        held_out |= {name: maker.text(length) for name, length in marks.items() if 33 < length <= longest}
         return Samples(capture=capture, held_out=held_out)
     first, last = given[0], given[-1]
     if "input_ids" not in first:
@@ -226,18 +252,6 @@ def _encoder_samples(maker: SampleMaker, first: Inputs, last: Inputs) -> Samples
         "batch": {name: torch.cat([tensor, others[1][name], others[2][name]]) for name, tensor in first.items()},
     }
     return Samples(capture=[batch, last], held_out=held_out)
-
-
-def smallest_window(model: PreTrainedModel) -> int | None:
-    """The fewest tokens that a layer of `model` looks back on, by its config; None where every layer sees all."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ()
-    windows = [
-        getattr(config, field, None)
-        for field, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
-        if not kinds or kind in kinds
-    ]
-    return min((size for size in windows if isinstance(size, int) and size > 0), default=None)
 
 
 def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:

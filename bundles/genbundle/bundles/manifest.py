@@ -111,7 +111,8 @@ class Flow:
 
     batch: the most sequences that one call of the programs takes; None for any number. continues: the step's programs
     take several new tokens after a past, so that a prompt may be continued. capacity: the most tokens (prompt and
-    generated) that the state holds; None when only the model's own limit stands.
+    generated) that the state holds; None when only the model's own limit stands. restart: a sequence of so many tokens
+    is run again as a whole, from an empty state, with the next token; None for models that don't need it.
     """
 
     prompt: tuple[Route, ...]
@@ -119,6 +120,7 @@ class Flow:
     batch: int | None = None
     continues: bool = False
     capacity: int | None = None
+    restart: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,6 +117,7 @@ def steps(
     seen = [IntArray("q", row) for row in ids]
     given = inputs.get("input_ids")
     reasons: list[str | None] = [None] * batch
+    taken: list[np.ndarray] = []
     wiring.open(inputs)
     begun = time.perf_counter()
     logits, sequences = wiring.prompt(inputs)
@@ -140,14 +141,26 @@ def steps(
                 reasons[row] = "stop"
             elif length + 1 == prompt_length + limit:
                 reasons[row] = "length"
+        taken.append(tokens)
         clock.new_tokens += 1
         clock.steps = time.perf_counter() - stepping
         yield Step(tokens=tokens, logits=logits, finish_reasons=tuple(reasons))
         if all(reasons):
             return
         begun = time.perf_counter()
-        logits = wiring.step(tokens[:, None], sequences)
+        if length == wiring.manifest.flow.restart:
+            logits, sequences = wiring.prompt(_whole(inputs, taken))
+        else:
+            logits = wiring.step(tokens[:, None], sequences)
         clock.programs += time.perf_counter() - begun
+
+
+def _whole(inputs: dict[str, np.ndarray], taken: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of a prompt that the tokens taken so far belong to."""
+    new = np.stack(taken, axis=1)
+    ids = np.concatenate([inputs["input_ids"], new], axis=1)
+    mask = np.concatenate([inputs["attention_mask"], np.ones_like(new)], axis=1)
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
 def padding_token(options: GenerationOptions) -> int:
@@ -205,7 +218,9 @@ def collect(
         taken = [_kept(step, keep_logits) for step in steps(wiring, inputs, options, stop=stop, clock=clock)]
         return taken, np.stack([step.tokens for step in taken], axis=1)
     # The batch's own length counts, as in transformers: a row without its padding may be shorter.
-    options = replace(options, max_new_tokens=options.new_tokens(token_ids(inputs).shape[1]))
+    length = token_ids(inputs).shape[1]
+    fewest = max(options.min_new_tokens, options.min_length - length)
+    options = replace(options, max_new_tokens=options.new_tokens(length), min_new_tokens=fewest, min_length=0)
     runs = []
     for row, single in enumerate(single_rows(inputs)):
         own = Clock()

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import InputError, Manifest
+from genbundle.runtime.sampling import GenerationOptions
 
 # What every text model takes; `decoder_input_ids` belongs to an encoder-decoder.
 TEXT_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
-def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, np.ndarray]:
+def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: GenerationOptions) -> dict[str, np.ndarray]:
     """Generation inputs as arrays with `input_ids` `[batch, length]` and a mask; InputError for what doesn't fit.
 
     Of an encoder-decoder `decoder_input_ids` `[batch, length]` is completed too, from its start token.
@@ -19,12 +20,12 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, 
     arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
     start = manifest.generation.decoder_start_token_id
     if start is not None:
-        return _complete_encoder_inputs(arrays, manifest, start)
+        return _complete_encoder_inputs(arrays, manifest, options, start)
     ids = arrays.get("input_ids")
     if ids is None:
         raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
     _check_ids("input_ids", ids)
-    mask = arrays.setdefault("attention_mask", _default_mask(ids, manifest))
+    mask = arrays.setdefault("attention_mask", _default_mask(ids, options))
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
     if not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
@@ -35,14 +36,16 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, 
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
-def _complete_encoder_inputs(arrays: dict[str, np.ndarray], manifest: Manifest, start: int) -> dict[str, np.ndarray]:
+def _complete_encoder_inputs(
+    arrays: dict[str, np.ndarray], manifest: Manifest, options: GenerationOptions, start: int
+) -> dict[str, np.ndarray]:
     """The encoder's inputs as they are (a mask of ones or without pad tokens is added to ids), the decoder's begun."""
     ids, given = arrays.get("input_ids"), next(iter(arrays.values()), None)
     if given is None or not given.ndim:
         raise InputError("generation needs the encoder's input: input_ids [batch, length], features, or text")
     if ids is not None:
         _check_ids("input_ids", ids)
-        mask = arrays.setdefault("attention_mask", _default_mask(ids, manifest))
+        mask = arrays.setdefault("attention_mask", _default_mask(ids, options))
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
             raise InputError(f"attention_mask: expected 0 or 1 of shape {list(ids.shape)}, got {list(mask.shape)}")
     tokens = arrays.get("decoder_input_ids")
@@ -84,10 +87,9 @@ def token_mask(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     return inputs["attention_mask"]
 
 
-def _default_mask(ids: np.ndarray, manifest: Manifest) -> np.ndarray:
+def _default_mask(ids: np.ndarray, options: GenerationOptions) -> np.ndarray:
     """The mask that transformers makes when none is given: pad tokens are padding, unless they also end sequences."""
-    generation = manifest.generation
-    pad = generation.pad_token_id
-    if pad is None or pad in generation.eos_token_ids:
+    pad = options.pad_token_id
+    if pad is None or pad in options.eos_token_ids:
         return np.ones_like(ids)
     return (ids != pad).astype(np.int64)

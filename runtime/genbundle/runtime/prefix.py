@@ -43,7 +43,7 @@ def generation_inputs(
     Raises InputError for inputs that don't fit, and for a value that the bundle doesn't know.
     """
     manifest = wiring.manifest
-    inputs = complete_inputs(arrays, manifest)
+    inputs = complete_inputs(arrays, manifest, options)
     prefix, times = manifest.generation.prefix, manifest.generation.timestamps
     if arrays.get("decoder_input_ids") is not None or not (prefix or times):
         return inputs

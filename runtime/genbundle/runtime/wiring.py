@@ -1,7 +1,9 @@
 """Feeds every program from generation inputs, earlier programs, position rules and state, as the manifest says."""
 
+import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,8 @@ class Wiring:
         # Programs that keep their state inside hold one generation's: the last that began.
         self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
         self._running: Sequences | None = None
+        # Between looking whose state it is and running the programs on it, no other thread may begin.
+        self._one_at_a_time = threading.Lock() if self._stateful else nullcontext()
         steps = (item.source for name in manifest.flow.step for item in self._entries[name].inputs)
         self._step_inputs = {source.name for source in steps if source.kind == "user"}
         self._check()
@@ -82,20 +86,22 @@ class Wiring:
         state = State(self.manifest.state, len(ids))
         kept = {name: array for name, array in inputs.items() if name in self._step_inputs}
         sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
-        self._running = sequences
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
-        return call.run(route.programs), sequences
+        with self._one_at_a_time:
+            self._running = sequences
+            return call.run(route.programs), sequences
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
-        if self._stateful and self._running is not sequences:
-            raise EngineError(
-                "another generation began on this model meanwhile, and its programs keep the state of one: finish each "
-                "before the next, or load the bundle once more for the other"
-            )
         ones = np.ones(tokens.shape, sequences.mask.dtype)
         sequences.mask = np.concatenate([sequences.mask, ones], axis=1)
-        return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
+        with self._one_at_a_time:
+            if self._stateful and self._running is not sequences:
+                raise EngineError(
+                    "another generation began on this model meanwhile, and its programs keep the state of one: finish "
+                    "each before the next, or load the bundle once more for the other"
+                )
+            return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
 
     def entry(self, name: str) -> ProgramEntry:
         """The manifest's entry of a program."""
@@ -136,7 +142,7 @@ class Wiring:
     def _rules(self, names: Iterable[str]) -> set[str]:
         """The position rules that programs read; a step goes on from the prompt's last positions."""
         inputs = (item for name in names for item in self._entries[name].inputs)
-        return {item.source.rule or "" for item in inputs if item.source.kind == "position"}
+        return {_key(item.source) for item in inputs if item.source.kind == "position"}
 
     def _route(self, inputs: Mapping[str, np.ndarray]) -> Route:
         given = {name for name in inputs if name not in TEXT_INPUTS}
@@ -173,6 +179,11 @@ class Wiring:
         return names
 
 
+def _key(source: Source) -> str:
+    """What a rule's values are kept under: the rule and all that it goes by."""
+    return f"{source.rule} {json.dumps(source.options, sort_keys=True)}"
+
+
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """InputError for arrays that a numpy rule can't work with: of another rank or size, or grids that don't add up."""
@@ -191,7 +202,7 @@ class _Call:
         self.wiring, self.inputs, self.sequences, self.tokens, self.first = wiring, inputs, sequences, tokens, first
         self.values: dict[str, Tensor] = {}
         self.positions: dict[str, np.ndarray] = {}
-        self.prepared: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        self.prepared: dict[str, dict[str, np.ndarray]] = {}
 
     def run(self, names: Iterable[str]) -> np.ndarray:
         """Run the programs; the logits of the last position, `[batch, vocabulary]`."""
@@ -250,19 +261,18 @@ class _Call:
         return np.ascontiguousarray(array, dtype)
 
     def _positions(self, source: Source) -> np.ndarray:
-        rule = source.rule or ""
-        if rule not in self.positions:
+        rule, key = source.rule or "", _key(source)
+        if key not in self.positions:
             if self.first:
                 with _refusing(f"position ids ({rule})"):
-                    self.positions[rule] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
+                    self.positions[key] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
             else:
-                last = self.sequences.positions[rule]
-                self.positions[rule] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
-        return self.positions[rule]
+                last = self.sequences.positions[key]
+                self.positions[key] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
+        return self.positions[key]
 
     def _prepare(self, source: Source) -> dict[str, np.ndarray]:
-        rule = source.rule or ""
-        key = rule, repr(source.options)
+        rule, key = source.rule or "", _key(source)
         if key not in self.prepared:
             missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
             if missing:

@@ -18,8 +18,8 @@ def give_equal_ranks(graph: torch.fx.Graph) -> bool:
         if node.op != "call_function" or node.target not in _ELEMENTWISE:
             continue
         operands = [item for item in node.args[:2] if isinstance(item, torch.fx.Node)]
-        tensors = [item.meta.get("val") for item in operands]
-        if len(tensors) != 2 or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        tensors = [value for item in operands if isinstance(value := item.meta.get("val"), torch.Tensor)]
+        if len(tensors) != 2:
             continue
         few, many = sorted((0, 1), key=lambda index: tensors[index].dim())
         missing = tensors[many].dim() - tensors[few].dim()
