@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -372,6 +374,54 @@ def test_golden_bytes(tmp_path):
 def test_bad_golden_files(tmp_path, content):
     (tmp_path / "g").write_bytes(content)
     with pytest.raises(BundleError, match="golden file"):
+        read_golden(tmp_path / "g")
+
+
+ONE = np.array([[[3, 1, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": 5}, "names of a case"),
+        ({"options": {}}, "max_new_tokens"),
+        ({"options": ["max_new_tokens"]}, "max_new_tokens"),
+        ({"options": {"max_new_tokens": 1}}, "do_sample false"),
+        ({"options": {"max_new_tokens": True, "do_sample": False}}, "max_new_tokens"),
+        ({"options": {"max_new_tokens": 0, "do_sample": False}}, "at least the 1 recorded"),
+        ({"top_logits": np.full((1, 1, 3), np.nan, np.float32)}, "aren't numbers"),
+        ({"top_logits": np.full((1, 1, 3), np.inf, np.float32)}, "aren't numbers"),
+        ({"top_logits": np.zeros((1, 1, 3))}, "float32"),
+        ({"top_ids": ONE.astype(np.float64)}, "of integers"),
+        ({"top_ids": -ONE}, "don't fit"),
+        ({"top_ids": ONE[:, :0], "top_logits": np.zeros((1, 0, 3), np.float32)}, "don't fit"),
+        ({"sequences": np.array([[1.0, 2.0, 3.0]])}, "of integers"),
+        ({"sequences": np.array([[1, 2, 3], [1, 2, 3]])}, "don't fit"),
+    ],
+)
+def test_golden_cases_that_prove_nothing(tmp_path, change, words):
+    write_golden(tmp_path / "g", [replace(CASE, **change) if isinstance(change.get("options", {}), dict) else CASE])
+    if isinstance(change.get("options"), list):
+        content = msgpack.unpackb((tmp_path / "g").read_bytes())
+        content["cases"][0] |= change
+        (tmp_path / "g").write_bytes(msgpack.packb(content))
+    with pytest.raises(BundleError, match=rf"not a golden file: .*{words}"):
+        read_golden(tmp_path / "g")
+
+
+@pytest.mark.parametrize("shape", [[-1, 3], [1, -1], "13", [1.0, 3], [True, 3], [1, 4], None])
+def test_golden_shapes(tmp_path, shape):
+    write_golden(tmp_path / "g", [CASE])
+    content = msgpack.unpackb((tmp_path / "g").read_bytes())
+    content["cases"][0]["sequences"]["shape"] = shape
+    (tmp_path / "g").write_bytes(msgpack.packb(content))
+    with pytest.raises(BundleError, match="not a golden file"):
+        read_golden(tmp_path / "g")
+
+
+def test_golden_arrays_that_claim_to_be_long(tmp_path):
+    (tmp_path / "g").write_bytes(b"\xdd\x00\x03\x0d\x40" * 500 + b"\xc0" * 200_000)
+    with pytest.raises(BundleError, match="not a golden file"):
         read_golden(tmp_path / "g")
 
 

@@ -12,6 +12,7 @@ from genbundle.bundles.errors import BundleError
 
 GOLDEN_NAME = "golden.msgpack"
 _VERSION = 1
+_MOST_ITEMS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,8 @@ def write_golden(path: Path, cases: list[GoldenCase]) -> None:
 def read_golden(path: Path) -> list[GoldenCase]:
     """The cases in the file `path`; BundleError if it isn't what `write_golden` writes."""
     try:
-        content = msgpack.unpackb(path.read_bytes(), max_map_len=100_000)
+        # msgpack makes a list of the length that an array's head names before it reads the first item.
+        content = msgpack.unpackb(path.read_bytes(), max_map_len=_MOST_ITEMS, max_array_len=_MOST_ITEMS)
         if content["version"] != _VERSION:
             raise BundleError(f"{path}: golden file version {content['version']!r}, expected {_VERSION}")
         cases = [
@@ -77,14 +79,36 @@ def read_golden(path: Path) -> list[GoldenCase]:
             for case in content["cases"]
         ]
         for case in cases:
-            ids, logits = case.top_ids, case.top_logits
-            if ids.ndim != 3 or ids.shape != logits.shape or ids.shape[2] < 1 or (ids < 0).any():
-                raise ValueError(f"{case.name}: top_ids {ids.shape} and top_logits {logits.shape} don't fit")
-            if case.sequences.ndim != 2 or len(ids) != len(case.sequences) or ids.shape[1] > case.sequences.shape[1]:
-                raise ValueError(f"{case.name}: sequences {case.sequences.shape} and top_ids {ids.shape} don't fit")
+            _check(case)
         return cases
     except (KeyError, TypeError, ValueError, AttributeError, msgpack.exceptions.UnpackException) as error:
         raise BundleError(f"{path}: not a golden file: {error}") from error
+
+
+def _check(case: GoldenCase) -> None:
+    """ValueError for a case that a replay couldn't be compared with, or that nothing could differ from."""
+    if not isinstance(case.name, str) or not all(isinstance(name, str) for name in case.inputs):
+        raise ValueError(f"the names of a case and its inputs are texts, got {case.name!r} with {list(case.inputs)}")
+    ids, logits, sequences = case.top_ids, case.top_logits, case.sequences
+    if ids.dtype.kind not in "iu" or sequences.dtype.kind not in "iu" or logits.dtype != np.float32:
+        raise ValueError(
+            f"{case.name}: expected sequences and top_ids of integers and top_logits float32, got {sequences.dtype}, "
+            f"{ids.dtype} and {logits.dtype}"
+        )
+    if ids.ndim != 3 or ids.shape != logits.shape or 0 in ids.shape or (ids < 0).any():
+        raise ValueError(f"{case.name}: top_ids {ids.shape} and top_logits {logits.shape} don't fit")
+    if sequences.ndim != 2 or len(ids) != len(sequences) or ids.shape[1] > sequences.shape[1]:
+        raise ValueError(f"{case.name}: sequences {sequences.shape} and top_ids {ids.shape} don't fit")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{case.name}: top_logits that aren't numbers")
+    options = case.options if isinstance(case.options, dict) else {}
+    new_tokens = options.get("max_new_tokens")
+    # Fewer steps than that are recorded where every sequence ended before.
+    if type(new_tokens) is not int or new_tokens < ids.shape[1] or options.get("do_sample") is not False:
+        raise ValueError(
+            f"{case.name}: expected options with do_sample false and max_new_tokens of at least the {ids.shape[1]} "
+            f"recorded steps, got {case.options!r:.200}"
+        )
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
@@ -94,4 +118,7 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
 def _unpack(value: dict[str, Any]) -> np.ndarray:
     if value["dtype"] not in DTYPE_NAMES:
         raise ValueError(f"unknown dtype {value['dtype']!r}")
-    return np.frombuffer(value["data"], numpy_dtype(value["dtype"])).reshape(value["shape"])
+    shape = value["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"expected a shape, got {shape!r:.200}")
+    return np.frombuffer(value["data"], numpy_dtype(value["dtype"])).reshape(shape)

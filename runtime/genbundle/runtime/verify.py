@@ -34,6 +34,10 @@ def replay(model: Model, case: GoldenCase) -> Check:
     prefix, given = split_options(model.bundle.manifest.generation, case.options)
     options = generation_options(model.bundle.manifest.generation, given)
     inputs = generation_inputs(case.inputs, prefix, options, model.wiring)
+    if token_ids(inputs).shape[0] != len(case.sequences):
+        raise VerificationError(
+            f"{case.name}: records {len(case.sequences)} sequences for inputs of {token_ids(inputs).shape[0]}"
+        )
     taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True)
     length = token_ids(inputs).shape[1]
     expected = case.sequences[:, length:]
@@ -56,13 +60,18 @@ def _compare(case: GoldenCase, taken: list[Step], new: np.ndarray, expected: np.
             ended = index > 0 and taken[min(index, len(taken)) - 1].finish_reasons[row] is not None
             if not ended and index < len(taken):
                 logits = taken[index].logits[row].astype(np.float32)
+                if index >= case.top_ids.shape[1] or case.top_ids[row, index].max() >= len(logits):
+                    raise VerificationError(
+                        f"{case.name}: step {index} of sequence {row}: the record has no logits of it, or of tokens "
+                        f"beyond the model's {len(logits)}"
+                    )
                 if not np.isfinite(logits[case.top_ids[row, index]]).all():
                     raise VerificationError(
                         f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers"
                     )
                 difference = float(np.abs(logits[case.top_ids[row, index]] - case.top_logits[row, index]).max())
                 worst = max(worst, difference)
-                if difference > LOGIT_TOLERANCE * float(np.abs(case.top_logits[row, index]).max()):
+                if not difference <= LOGIT_TOLERANCE * float(np.abs(case.top_logits[row, index]).max()):
                     raise VerificationError(
                         f"{case.name}: step {index} of sequence {row}: the logits differ from eager's by "
                         f"{difference:.3g}"

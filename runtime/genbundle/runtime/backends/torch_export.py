@@ -2,8 +2,6 @@
 
 import json
 import logging
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
+from genbundle.runtime.backends.torch_archive import checked_archive
 from genbundle.runtime.program import Tensor
 
 
@@ -61,14 +60,14 @@ class TorchBackend:
     def _open(self, name: str) -> "TorchProgram":
         torch, bundle = self._torch, self._bundle
         file = bundle.file(bundle.manifest.program(name).file)
-        _check_archive(file)
+        archive = checked_archive(file, torch)
         # It warns of symbols that only guards mention, which aren't evaluated here.
         log = logging.getLogger("torch")
         level = log.level
         log.setLevel(logging.ERROR)
         try:
-            exported = torch.export.load(file)
-        except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+            exported = torch.export.load(archive)
+        except Exception as error:  # a graph that is none surfaces as anything, from AssertionError to torch's own
             raise EngineError(f"{file}: torch.export can't load it: {error}") from error
         finally:
             log.setLevel(level)
@@ -130,56 +129,3 @@ class TorchProgram:
         if not tensor.flags.writeable:
             tensor = tensor.copy()  # torch warns of read-only memory
         return self._torch.from_numpy(np.ascontiguousarray(tensor)).to(self._device)
-
-
-# What `torch.export.save` writes, and nothing else: `torch.export.load` would also unpickle older layouts' files and
-# open shared libraries that it finds in an archive.
-_ARCHIVED = re.compile(
-    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|\.data/version|byteorder|"
-    r"data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt|archive_(format|version))"
-)
-_PLAIN = re.compile(r"[\w.+-]*")
-_SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
-_EXPRESSION = re.compile(r"([A-Z][A-Za-z]*\(|[\s\d(),.+*/-])*")
-# Read as JSON, or quoted where they are written into code, or (the guards) not read at all.
-_UNREAD = ("in_spec", "out_spec", "as_string", "as_strings", "guards_code")
-
-
-def _check_archive(file: Any) -> None:
-    """BundleError for an archive with anything in it that loading would run: pickles, libraries, words as code."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            strange = [name for name in names if not _ARCHIVED.fullmatch(name)]
-            if strange or len(set(names)) != len(names):
-                raise BundleError(f"{file}: holds {(strange or names)[0]!r}, which is never loaded")
-            for item in archive.infolist():
-                if "/data/sample_inputs/" in item.filename and item.file_size:
-                    raise BundleError(f"{file}: holds pickled sample inputs, which are never loaded")
-                if item.filename.endswith("_config.json"):
-                    config = json.loads(archive.read(item)).get("config", {})
-                    if any(
-                        entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d+", entry.get("path_name", ""))
-                        for entry in config.values()
-                    ):
-                        raise BundleError(f"{file}: holds pickled objects, which are never loaded")
-                if item.filename.endswith(".json"):
-                    _check_words(file, json.loads(archive.read(item)), "")
-    except (zipfile.BadZipFile, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise BundleError(f"{file}: not a torch.export archive: {error}") from error
-
-
-def _check_words(file: Any, value: Any, key: str) -> None:
-    """BundleError for a name or expression that is more than that: torch evaluates expressions and writes names into
-    the Python code that it generates."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_words(file, name, "")
-            _check_words(file, item, name)
-    elif isinstance(value, list):
-        for item in value:
-            _check_words(file, item, key)
-    elif isinstance(value, str) and key not in _UNREAD and not _PLAIN.fullmatch(value):
-        expression = key == "expr_str" and _EXPRESSION.fullmatch(_SYMBOL.sub("0", value))
-        if not expression:
-            raise BundleError(f"{file}: holds {value[:80]!r}, which is neither a name nor an expression of sizes")
