@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -200,6 +201,43 @@ def test_broken_pictures_are_named(tmp_path, name):
         preprocess([picture(5, 5), path], description(*CLIP))
     with pytest.raises(InputError, match=f"the picture of {len(BROKEN[name])} bytes"):
         load_image(BROKEN[name])
+
+
+@pytest.mark.parametrize("form", ["EPS", "PPM", "ICO", "TGA", "PCX"])
+def test_only_common_formats_are_opened(form):
+    file = io.BytesIO()
+    picture(16, 16).save(file, form)
+    with pytest.raises(InputError, match=r"bytes can't be read as any of PNG, JPEG, WEBP, GIF, BMP, TIFF$"):
+        load_image(file.getvalue())
+
+
+def test_pictures_of_phones_and_scanners():
+    for form, options in (("TIFF", {}), ("MPO", {"save_all": True, "append_images": [picture(30, 20)]})):
+        file = io.BytesIO()
+        picture(30, 20).save(file, form, **options)
+        assert load_image(file.getvalue()).size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "made"),
+    [
+        ((1, 12_000), {"op": "pad_square", "background": [0, 0, 0]}, "put into 12000 x 12000"),
+        ((8_000_000, 1), {"op": "pad_square", "background": [0, 0, 0]}, "put into 8000000 x 8000000"),
+        ((1, 9_000), {"op": "center_crop", "height": 16_000, "width": 5}, "put into 9000 x 16000"),
+        (
+            (5, 5),
+            {"op": "resize", "height": 16_000, "width": 16_000, "resample": "nearest"},
+            "resized to 16000 x 16000",
+        ),
+    ],
+)
+def test_small_pictures_that_would_take_gigabytes(shape, step, made):
+    pixels = np.zeros((*shape, 3), np.uint8)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=made):
+        preprocess([pixels], description(step))
+    assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000), (2_000_000_000, 2_000_000_000)])

@@ -198,6 +198,29 @@ def test_a_broken_tokenizer_file(tmp_path):
         TextProcessor.from_files(Text(tokenizer="tokenizer.json"), tmp_path)
 
 
+WORDS = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
+    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+    "model": {"type": "WordLevel", "vocab": {"hello": 0, "x": 1}, "unk_token": "<unk>"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [WORDS["model"], {"type": "Unigram", "unk_id": None, "vocab": [["hello", 0.0]]}])
+def test_words_that_a_tokenizer_has_no_token_for(tmp_path, model):
+    (tmp_path / "t.json").write_text(json.dumps({**WORDS, "model": model}))
+    ours = TextProcessor.from_files(Text(tokenizer="t.json"), tmp_path)
+    with pytest.raises(InputError, match="the model's tokenizer can't encode 'hello zzz'"):
+        ours.encode("hello zzz")
+
+
+@pytest.mark.parametrize("charsmap", ["AAAA", "/////////////w=="])
+def test_a_tokenizer_that_panics(tmp_path, charsmap, capfd):
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    (tmp_path / "t.json").write_text(json.dumps({**WORDS, "normalizer": normalizer}))
+    with pytest.raises(BundleError, match=r"t\.json: can't be read as a tokenizer"):
+        TextProcessor.from_files(Text(tokenizer="t.json"), tmp_path)
+
+
 def test_padding_and_truncation_left_in_the_file_do_not_count(tmp_path):
     tokenizer = byte_level()
     tokenizer.enable_padding(length=50)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485
 # The largest edge that a described step may ask for: a manifest must not be able to ask for terabytes.
 _MAX_EDGE = 16_384
+# Pillow reads many more, some through programs of other makers.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ACCEPTED = "a path, the bytes of a picture file, a PIL image, a numpy array [height, width, 3] uint8 or a data: URL"
 
 
@@ -157,10 +159,12 @@ def _open(file: Path | io.BytesIO, name: str) -> Image:
     import PIL.Image
 
     try:
-        with PIL.Image.open(file) as image:
+        with PIL.Image.open(file, formats=_FORMATS) as image:
             return _finish(image, name, flatten=False)
     except InputError:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise InputError(f"{name} can't be read as any of {', '.join(_FORMATS)}") from error
     except Exception as error:  # broken files surface as OSError, SyntaxError, ValueError, struct.error ...
         raise InputError(f"{name} can't be read: {error}") from error
 
@@ -231,7 +235,7 @@ def _resize(pixels: np.ndarray, step: Mapping[str, Any]) -> np.ndarray:
     if step.get("resample") not in filters:
         raise BundleError(f"$.images.steps: resample is {step.get('resample')!r}, expected one of {', '.join(filters)}")
     height, width = _target_size(pixels.shape[0], pixels.shape[1], step)
-    if not 0 < height <= _MAX_EDGE or not 0 < width <= _MAX_EDGE:
+    if not 0 < height <= _MAX_EDGE or not 0 < width <= _MAX_EDGE or height * width > MAX_PIXELS:
         given = f"{pixels.shape[1]} x {pixels.shape[0]}"
         raise InputError(f"a picture of {given} pixels would be resized to {width} x {height}: crop it first")
     image = PIL.Image.fromarray(pixels.astype(np.uint8))
@@ -262,6 +266,7 @@ def _target_size(height: int, width: int, step: Mapping[str, Any]) -> tuple[int,
 def _center_crop(pixels: np.ndarray, step: Mapping[str, Any]) -> np.ndarray:
     """Cut out the middle; a picture that is smaller gets a black frame first."""
     height, width = _edge(step, "height"), _edge(step, "width")
+    _check_frame(pixels, max(height, pixels.shape[0]), max(width, pixels.shape[1]))
     rows, top = _center(pixels.shape[0], height)
     columns, left = _center(pixels.shape[1], width)
     framed = np.pad(pixels, (rows, columns, (0, 0))) if any((*rows, *columns)) else pixels
@@ -279,11 +284,21 @@ def _pad_square(pixels: np.ndarray, step: Mapping[str, Any]) -> np.ndarray:
     """Put the picture in the middle of a square of the color `background`."""
     height, width, channels = pixels.shape
     edge = max(height, width)
+    _check_frame(pixels, edge, edge)
     square = np.empty((edge, edge, channels), pixels.dtype)
     square[:] = _numbers(step, "background", channels)
     top, left = (edge - height) // 2, (edge - width) // 2
     square[top : top + height, left : left + width] = pixels
     return square
+
+
+def _check_frame(pixels: np.ndarray, height: int, width: int) -> None:
+    """InputError for a picture so narrow that a frame around it would be gigabytes."""
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels would be put into {width} x {height}, at most "
+            f"{MAX_PIXELS} pixels are made: crop it first"
+        )
 
 
 def _rescale(pixels: np.ndarray, step: Mapping[str, Any]) -> np.ndarray:

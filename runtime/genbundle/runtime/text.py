@@ -49,7 +49,9 @@ class TextProcessor:
         path = directory / text.tokenizer
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # nothing more specific, and for a panic in its Rust code no Exception at all
             raise BundleError(f"{path}: can't be read as a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -68,6 +70,8 @@ class TextProcessor:
         except (TypeError, UnicodeEncodeError) as error:
             # A str that tokenizers takes for none can't be written as UTF-8.
             raise InputError("the text holds half of a surrogate pair, which is no character") from error
+        except Exception as error:  # tokenizers raises nothing more specific: a word that it has no token for
+            raise InputError(f"the model's tokenizer can't encode {text!r:.200}: {error}") from error
 
     def encode_chat(self, prompt: str) -> list[int]:
         """The token ids of a rendered chat template, with special tokens added exactly where transformers adds them.
@@ -81,7 +85,10 @@ class TextProcessor:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token `ids`; an id that the tokenizer lacks has none."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise InputError(f"the model's tokenizer can't decode the tokens {list(ids)!r:.200}: {error}") from error
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its exact spelling, None if there is no such token."""
