@@ -42,6 +42,7 @@ def tiny_llama(cls=hf.LlamaForCausalLM):
         ({"precision": "int3"}, BuildError, "precision 'int3' isn't available on 'cpu': it can fp32"),
         ({"max_length": 1}, BuildError, "max_length: expected an integer of at least 2, got 1"),
         ({"inputs": 7}, BuildError, "expected generate kwargs (a dict) or a list of them, got int"),
+        ({"inputs": {"input_ids": [[1, 2], [3]]}}, BuildError, "inputs: expected tensors, or lists of equal lengths"),
         ({"inputs": {"pixel_values": np.zeros((1, 3, 4, 4))}}, BuildError, "with input_ids [batch, length]"),
         (
             {"inputs": {"input_ids": [[5, 6]], "pixels": [[1.0]]}},

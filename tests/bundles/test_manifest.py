@@ -115,6 +115,13 @@ def change(path, value):
     [
         (("backend",), "tpu", "Expected one of 'cpu', 'cuda', 'xnnpack', 'torch', got 'tpu' - at `$.backend`"),
         (("surprise",), 1, "Unknown field `surprise` - at `$`"),
+        (("model", "parameters"), 10**4000, "Expected a number of 64 bits, got one of 13288 - at `$.model.parameters`"),
+        (("verification",), 2**63, "Expected a number of 64 bits, got one of 64 - at `$.verification`"),
+        (
+            ("programs", 0, "inputs", 1, "source", "options"),
+            {"inputs": 5},
+            "Expected names of inputs, got 5 - at `$.programs[0].inputs[1].source.options`",
+        ),
         (
             ("programs", 0, "roles", 1),
             "director",

@@ -1,6 +1,7 @@
 """Bundles whose engine, device or version isn't here: the error says what is missing and what to do."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from tests.bundles.samples import fill, manifest
@@ -9,6 +10,7 @@ from genbundle.bundles import BundleError, EngineError, InputError, MissingExtra
 from genbundle.bundles.manifest import Flow, Route
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime import load_bundle
+from genbundle.runtime.inspection import as_text
 
 
 @pytest.fixture
@@ -51,6 +53,15 @@ def test_a_device_that_is_none(bundle):
         load_bundle(bundle().path, device="tpu")
 
 
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "cpu:0", "cuda:", "cuda:x"])
+def test_torch_devices_that_are_none(bundle, device):
+    import torch
+
+    made = bundle(backend="torch", packages={"torch": torch.__version__})
+    with pytest.raises(EngineError, match=f"unknown device '{device}': a 'torch' bundle runs on 'cpu', 'cuda' or"):
+        load_bundle(made.path, device=device)
+
+
 def test_a_torch_bundle_of_another_version(bundle):
     with pytest.raises(EngineError, match=r"exported with torch 2\.1\.0, 2\.\d+\.\d+ is installed: install torch 2\.1"):
         load_bundle(bundle(backend="torch", packages={"torch": "2.1.0"}).path)
@@ -75,6 +86,10 @@ def test_a_prompt_without_tokenizer_or_template(bundle):
     model = load_bundle(bundle(text=None).path)
     with pytest.raises(InputError, match="holds no tokenizer: give `input_ids`"):
         model.generate("Hello")
+
+
+def test_programs_without_inputs_and_outputs_are_shown(bundle):
+    assert "decode  [merge" in as_text(bundle(programs=(replace(manifest().programs[0], inputs=(), outputs=()),)))
 
 
 def test_opened_bundles_load_too(bundle):

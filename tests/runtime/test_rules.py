@@ -6,8 +6,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from genbundle.bundles import InputError
 from genbundle.bundles.manifest import Timestamps
-from genbundle.runtime.rules import apply_rules, timed
+from genbundle.runtime.rules import apply_rules, check_forced, timed
 from genbundle.runtime.sampling import options_from
 
 VOCABULARY, PROMPT, LIMIT, EOS = 12, 3, 6, [2, 3]
@@ -101,3 +102,10 @@ def test_times_are_whispers(latest):
                 torch.tensor(ids)[None], torch.tensor(row)[None]
             )[0].numpy()
             np.testing.assert_array_equal(timed(row, new, times, eos), expected)
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_tokens_that_can_not_be_forced(name):
+    check_forced(options_from({}, {name: VOCABULARY - 1}), VOCABULARY)
+    with pytest.raises(InputError, match="the token 12 can't be forced: this model has the tokens 0 to 11"):
+        check_forced(options_from({}, {name: VOCABULARY}), VOCABULARY)

@@ -44,7 +44,10 @@ def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) ->
             raise BuildError(
                 f"inputs: expected generate kwargs (a dict) or a list of them, got {type(sample).__name__}"
             )
-        tensors = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
+        try:
+            tensors = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise BuildError(f"inputs: expected tensors, or lists of equal lengths: {error}") from error
         ids = tensors.get("input_ids")
         if not tensors or (ids is not None and ids.dim() != 2):
             raise BuildError("inputs: expected generate kwargs with input_ids [batch, length]")

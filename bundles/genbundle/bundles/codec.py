@@ -52,6 +52,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
     origin = get_origin(kind)
+    if type(value) is int and value.bit_length() > 63:
+        raise BundleError(f"Expected a number of 64 bits, got one of {value.bit_length()} - at `{path}`")
     if kind is Any:
         return value
     if origin is Literal:

@@ -366,6 +366,9 @@ def _check_program(program: Program, states: set[str], path: str) -> None:
     for index, item in enumerate(program.inputs):
         if item.source.kind in ("user", "state", "output", "prepared") and item.source.name is None:
             raise BundleError(f"Missing field `name` - at `{path}.inputs[{index}].source`")
+        read = item.source.options.get("inputs", [])
+        if not isinstance(read, list) or not all(isinstance(name, str) for name in read):
+            raise BundleError(f"Expected names of inputs, got {read!r} - at `{path}.inputs[{index}].source.options`")
         if item.source.kind == "constant" and item.source.value is None:
             raise BundleError(f"Missing field `value` - at `{path}.inputs[{index}].source`")
         names = {other.name for other in program.inputs}

@@ -9,7 +9,7 @@ import numpy as np
 
 from genbundle.bundles import InputError
 from genbundle.runtime.inputs import token_ids, token_mask
-from genbundle.runtime.rules import apply_rules
+from genbundle.runtime.rules import apply_rules, check_forced
 from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.wiring import Wiring
 
@@ -121,6 +121,7 @@ def steps(
     wiring.open(inputs)
     begun = time.perf_counter()
     logits, sequences = wiring.prompt(inputs)
+    check_forced(options, logits.shape[-1])
     clock.prompt = clock.programs = time.perf_counter() - begun
     stepping = time.perf_counter()
     for length in range(prompt_length, prompt_length + limit):

@@ -17,7 +17,7 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: Gene
 
     Of an encoder-decoder `decoder_input_ids` `[batch, length]` is completed too, from its start token.
     """
-    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+    arrays = {name: _as_array(name, value) for name, value in inputs.items() if value is not None}
     start = manifest.generation.decoder_start_token_id
     if start is not None:
         return _complete_encoder_inputs(arrays, manifest, options, start)
@@ -34,6 +34,16 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: Gene
         raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
     _check_capacity(ids, manifest)
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # rows of several lengths; a tensor on a GPU
+        raise InputError(f"{name}: can't be made an array: {error}") from error
+    if array.dtype.kind in "OSUMmc":
+        raise InputError(f"{name}: expected numbers, got {value!r:.80}")
+    return array
 
 
 def _complete_encoder_inputs(

@@ -114,8 +114,8 @@ def _program(program: Program, manifest: Manifest) -> list[str]:
     roles = " + ".join(program.roles) + (f" ({program.modality})" if program.modality else "")
     lines = [f"  {program.name}  [{roles}]  {where}{size}, {program.precision}"]
     rows = [("in", *row) for row in _rows(program.inputs)] + [("out", *row) for row in _rows(program.outputs)]
-    name_width = min(36, max(len(row[1]) for row in rows))
-    type_width = min(34, max(len(row[2]) for row in rows))
+    name_width = min(36, max((len(row[1]) for row in rows), default=0))
+    type_width = min(34, max((len(row[2]) for row in rows), default=0))
     for kind, name, shape, origin in rows:
         lines.append(f"    {kind:<3} {name:<{name_width}}  {shape:<{type_width}}  {origin}"[:_WIDTH].rstrip())
     return lines

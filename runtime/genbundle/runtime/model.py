@@ -202,8 +202,9 @@ class Model:
 
 def _variables(given: Any) -> dict[str, Any]:
     """What the caller gives the chat template; InputError for what can't be that."""
-    if given is not None and (not isinstance(given, Mapping) or "messages" in given):
-        raise InputError(f"chat_template_kwargs: expected a mapping without 'messages', got {given!r:.80}")
+    mapping = given is None or (isinstance(given, Mapping) and all(isinstance(name, str) for name in given))
+    if not mapping or "messages" in (given or ()):
+        raise InputError(f"chat_template_kwargs: expected names with values, without 'messages', got {given!r:.80}")
     return dict(given or {})
 
 

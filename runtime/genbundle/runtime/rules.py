@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
+from genbundle.bundles import InputError
 from genbundle.bundles.manifest import Timestamps
 from genbundle.runtime.sampling import GenerationOptions
 
@@ -60,6 +61,14 @@ def _repeats_and_early_ends(
             forbidden.add(words[-1])
     fewest = max(options.min_length, prompt_length + options.min_new_tokens if options.min_new_tokens else 0)
     return forbidden | set(options.eos_token_ids) if len(ids) < fewest else forbidden
+
+
+def check_forced(options: GenerationOptions, vocabulary: int) -> None:
+    """InputError for a forced token that the logits, of `vocabulary` tokens, don't have."""
+    first = () if options.forced_bos_token_id is None else (options.forced_bos_token_id,)
+    for token in (*first, *options.forced_eos_token_ids):
+        if token >= vocabulary:
+            raise InputError(f"the token {token} can't be forced: this model has the tokens 0 to {vocabulary - 1}")
 
 
 def timed(row: np.ndarray, new: np.ndarray, times: Timestamps, eos: int) -> np.ndarray:

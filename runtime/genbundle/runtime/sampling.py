@@ -114,7 +114,8 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Gener
         if name in values:
             values[name] = _as_tuple(values[name])
     if "bad_words_ids" in values:
-        values["bad_words_ids"] = tuple(_as_tuple(words) for words in _as_tuple(values["bad_words_ids"]))
+        several = _as_tuple(values["bad_words_ids"])
+        values["bad_words_ids"] = tuple(_as_tuple(words) if isinstance(words, Iterable) else words for words in several)
     _check_values(values)
     if values.get("temperature") == 0:
         values |= {"temperature": 1.0, "do_sample": False}
@@ -216,7 +217,9 @@ def _check_values(values: dict[str, Any]) -> None:
     for name, value in values.items():
         accepted, fits = _ACCEPTED[name]
         if not fits(value):
-            raise InputError(f"the option `{name}` is {value!r}: accepted is {accepted}")
+            huge = isinstance(value, int) and value.bit_length() > 1000  # Python refuses to write thousands of digits
+            shown = "a number of hundreds of digits" if huge else repr(value)
+            raise InputError(f"the option `{name}` is {shown}: accepted is {accepted}")
 
 
 def _is_int(value: Any, least: int) -> bool:
@@ -226,7 +229,10 @@ def _is_int(value: Any, least: int) -> bool:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and math.isfinite(float(value))
+    try:
+        return number and math.isfinite(float(value))
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 _TOKEN_IDS: tuple[str, Callable[[Any], bool]] = (
@@ -242,7 +248,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "encoder_no_repeat_ngram_size": ("a whole number of at least 0", lambda value: _is_int(value, 0)),
     "bad_words_ids": (
         "a list of lists of token ids, none empty",
-        lambda value: all(words and all(_is_int(item, 0) for item in words) for words in value),
+        lambda value: all(isinstance(words, tuple) and words and all(_is_int(i, 0) for i in words) for words in value),
     ),
     "forced_bos_token_id": ("a token id, or None", lambda value: value is None or _is_int(value, 0)),
     **dict.fromkeys(("forced_eos_token_ids", "suppress_tokens", "begin_suppress_tokens"), _TOKEN_IDS),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
             "the bundle again with this version"
         )
     device = device or "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise EngineError(f"unknown device {device!r}: a 'torch' bundle runs on 'cpu' or 'cuda'")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device, re.ASCII):
+        raise EngineError(f"unknown device {device!r}: a 'torch' bundle runs on 'cpu', 'cuda' or 'cuda:1'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise EngineError(f"{bundle.path}: no CUDA device here: load it with device='cpu'")
     if threads is not None:

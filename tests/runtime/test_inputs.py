@@ -1,0 +1,39 @@
+"""Inputs that are none: what is wrong with them, in words."""
+
+import numpy as np
+import pytest
+from tests.bundles.samples import manifest
+
+from genbundle.bundles import InputError
+from genbundle.runtime.inputs import complete_inputs
+from genbundle.runtime.model import _variables
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"input_ids": [[1, 2], [3]]}, "input_ids: can't be made an array"),
+        ({"input_ids": [["a", "b"]]}, "input_ids: expected numbers"),
+        ({"input_ids": [[None]]}, "input_ids: expected numbers"),
+        ({"input_ids": [[10**30]]}, "input_ids: expected numbers"),
+        ({"input_ids": [[1, 2]], "attention_mask": [["1", "1"]]}, "attention_mask: expected numbers"),
+        ({"input_ids": [[1.0]]}, "expected integers"),
+        ({"input_ids": [1, 2]}, "expected integers"),
+        ({}, "generation needs input_ids"),
+    ],
+)
+def test_inputs_that_are_none(inputs, words):
+    with pytest.raises(InputError, match=words):
+        complete_inputs(inputs, manifest())
+
+
+def test_inputs_as_they_come():
+    for ids in ([[1, 2]], ((1, 2),), np.array([[1, 2]], np.int32)):
+        assert complete_inputs({"input_ids": ids}, manifest())["input_ids"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("given", [{1: 2}, {"messages": []}, [1], "x"])
+def test_chat_template_kwargs_that_are_none(given):
+    with pytest.raises(InputError, match="chat_template_kwargs: expected names with values"):
+        _variables(given)
+    assert _variables(None) == {}
