@@ -1,5 +1,6 @@
 """Bundles whose engine, device or version isn't here: the error says what is missing and what to do."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from genbundle.bundles import BundleError, EngineError, InputError, MissingExtra
 from genbundle.bundles.manifest import Flow, Route
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime import load_bundle
+from genbundle.runtime.backends import onnxruntime as onnxruntime_module
+from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.inspection import as_text
 
 
@@ -70,6 +73,74 @@ def test_a_torch_bundle_of_another_version(bundle):
 def test_a_program_that_is_none(bundle):
     with pytest.raises(EngineError, match=r"ONNX Runtime can't open decode\.onnx"):
         load_bundle(bundle().path).generate(input_ids=[[1, 2]])
+
+
+def test_a_provider_that_does_not_start(bundle, monkeypatch):
+    """ONNX Runtime lists the CUDA provider wherever its build has it, and falls back where no driver is."""
+    import onnxruntime
+
+    class Session:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime_module, "named_files", lambda content: set())
+    with pytest.raises(EngineError, match=r"couldn't start its CUDAExecutionProvider here .*device='cpu'"):
+        load_bundle(bundle(backend="cuda").path).generate(input_ids=[[1, 2]])
+
+
+def onnx_model(location, where="initializer"):
+    """The bytes of a model with one weight at `location`."""
+    import onnx_ir as ir
+    from onnx_ir import serde
+
+    made = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}, name="g"), ir_version=9)
+    proto = serde.serialize_model(made)
+    tensor = type(proto.graph.initializer.add())(name="w", data_type=2, dims=[4], data_location=1)
+    del proto.graph.initializer[:]
+    for key, value in (("offset", "0"), ("location", location)):
+        tensor.external_data.add(key=key, value=value)
+    if where == "initializer":
+        proto.graph.initializer.append(tensor)
+    elif where == "sparse":
+        proto.graph.sparse_initializer.add().values.CopyFrom(tensor)
+    elif where == "constant":
+        proto.graph.node.add(op_type="Constant").attribute.add(name="value", type=4).t.CopyFrom(tensor)
+    elif where == "subgraph":
+        inside = proto.graph.node.add(op_type="If").attribute.add(name="then_branch", type=5).g
+        inside.initializer.append(tensor)
+    else:
+        node = proto.functions.add(name="f").node.add(op_type="Constant")
+        node.attribute.add(name="value", type=9).tensors.append(tensor)
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize("where", ["initializer", "sparse", "constant", "subgraph", "function"])
+@pytest.mark.parametrize("location", ["unlisted.bin", "../secret", "/etc/passwd", "x/../weights.safetensors", ""])
+def test_programs_that_read_files_which_the_manifest_does_not_list(tmp_path, where, location):
+    assert named_files(onnx_model(location, where=where)) == {location}
+    with new_bundle(tmp_path / "sample.bundle") as writer:
+        fill(writer.path)
+        (writer.path / "decode.onnx").write_bytes(onnx_model(location, where=where))
+        made = writer.commit(manifest())
+    (made.path / "unlisted.bin").write_bytes(bytes(4))
+    with pytest.raises(BundleError, match=rf"decode\.onnx: reads the file '{re.escape(location)}', which the manifest"):
+        load_bundle(made.path).generate(input_ids=[[1, 2]])
+
+
+def test_locations_written_as_no_library_writes_them():
+    """Value before key, lengths in more bytes than needed, keys twice: every protobuf reader takes them."""
+    entry = b"\x12\x83\x00a.b" + b"\x0a\x01x" + b"\x0a\x08location"
+    tensor = b"\x6a" + bytes([len(entry)]) + entry
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    assert named_files(b"\x08\x09" + b"\x3a" + bytes([len(graph)]) + graph) == {"a.b"}
+    for broken in (b"\x3a", b"\x3a\x05ab", b"\xff" * 20, b"\x3b"):
+        with pytest.raises(ValueError):
+            named_files(broken)
 
 
 def test_steps_whose_positions_no_prompt_begins(bundle):

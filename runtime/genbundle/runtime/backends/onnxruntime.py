@@ -1,13 +1,14 @@
 """ONNX Runtime, CPU and CUDA providers: tensors stay in the engine from call to call."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from genbundle.bundles import Bundle, EngineError, MissingExtraError
+from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
+from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.program import Tensor
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -60,13 +61,33 @@ class OnnxRuntimeBackend:
         if "language_model" in entry.roles and name not in self._bundle.manifest.flow.step:
             # A repacked copy of every weight for one pass per prompt: the mapped ones serve it as fast.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        file, provider = self._bundle.file(entry.file), _PROVIDERS[self.device]
+        self._check_files(entry.file)
         try:
-            session = ort.InferenceSession(
-                str(Path(self._bundle.file(entry.file))), options, providers=[_PROVIDERS[self.device]]
-            )
+            session = ort.InferenceSession(str(file), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {entry.file}: {error}") from error
+        if provider not in session.get_providers():
+            # It goes on with the CPU, and says so only in its log.
+            raise EngineError(
+                f"{self._bundle.path}: ONNX Runtime couldn't start its {provider} here and would run {entry.file} with "
+                f"{', '.join(session.get_providers())}: check the GPU's driver, CUDA and cuDNN, or load the bundle "
+                "with device='cpu'"
+            )
         return OnnxProgram(ort, session, name, self.device)
+
+    def _check_files(self, program: str) -> None:
+        """BundleError for a program that reads a file which the manifest doesn't list, wherever it is."""
+        file = self._bundle.file(program)
+        if file.suffix != ".onnx":
+            raise BundleError(f"{file}: expected a program named .onnx")
+        try:
+            named = named_files(file.read_bytes())
+        except (ValueError, OSError) as error:
+            raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {file.name}: {error}") from error
+        for name in sorted(named):
+            if str(PurePosixPath(program).parent / name) not in self._bundle.manifest.files:
+                raise BundleError(f"{file}: reads the file {name!r}, which the manifest doesn't list")
 
 
 class OnnxProgram:
