@@ -15,6 +15,12 @@ CASES = [
     ("MarianMTModel", "cpu"),
     ("T5ForConditionalGeneration", "torch"),
     ("Speech2TextForConditionalGeneration", "torch"),
+    # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
+    ("Qwen2_5_VLForConditionalGeneration", "cpu"),
+    ("PaddleOCRVLForConditionalGeneration", "torch"),
+    ("Mistral3ForConditionalGeneration", "cpu"),
+    ("LlavaNextForConditionalGeneration", "torch"),
+    ("Gemma4UnifiedForConditionalGeneration", "torch"),
 ]
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ class Component:
     in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
     known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. guides:
     inputs in the manifest that steer the runtime's calls and aren't the program's. placeholder_id: the token that
-    stands in a prompt for each of the features among the outputs.
+    stands in a prompt for each of the features among the outputs. alternative:
+    what to export instead where this can't be.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Component:
     longest: int | None = None
     guides: Mapping[str, Input] = field(default_factory=dict)
     placeholder_id: int | None = None
+    alternative: "Component | None" = None
 
 
 def shape_of(tensor: torch.Tensor, axes: Mapping[int, str]) -> tuple[int | str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs
+from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, same_tensors
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
@@ -53,6 +53,11 @@ def image_text_components(
     }
     merge.only = [path for path in recorded[0] if path not in handed_through]
     kept = needed_inputs(merge.eval(), samples[0])
+    for sample, made in zip(samples, recorded, strict=True):
+        with torch.no_grad():
+            found = merge(**{name: value for name, value in sample.items() if name in kept})
+        if not same_tensors(found, {f"merged_{path}": made[path] for path in merge.only}):
+            raise UnsupportedModelError("the merge cut out of the model doesn't give what the model computes")
     sources = {
         **_prompt_sources(model, plan, captures, given),
         **{item.name: Source(kind="output", name=item.name) for item in features},

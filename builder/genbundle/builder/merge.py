@@ -4,11 +4,13 @@ What the language model is called with is the merge's output; the rest of the mo
 prompt's program. Both run the model's own top-level forward, cut at the language model.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -72,8 +74,30 @@ class Merge(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The language model's tensors, `merged_<path>`, without inputs that are only handed through."""
-        found = tensors_of(self.called_with(inputs))
+        features = [inputs[item.name] for item in self._features[:1]]
+        with _AsManyAsFeatures(features[0]) if features else contextlib.nullcontext():
+            found = tensors_of(self.called_with(inputs))
         return {f"merged_{name}": found[name].contiguous() for name in self.only or found}
+
+
+class _AsManyAsFeatures(TorchFunctionMode):
+    """Inside, the numbers that a mask of their own shape picks out are the features' numbers.
+
+    Models pick the placeholders' embeddings out to compare how many they are with how many features there are, which
+    branches on what a tracer can't know. The runtime makes that comparison itself.
+    """
+
+    def __init__(self, features: torch.Tensor):
+        super().__init__()
+        self._numbers = features
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Indexing by a mask, else what torch does."""
+        if func is torch.Tensor.__getitem__:
+            tensor, mask = args
+            if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == tensor.shape:
+                return self._numbers.reshape(-1)
+        return func(*args, **(kwargs or {}))
 
 
 class Prompt(torch.nn.Module):

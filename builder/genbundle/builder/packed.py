@@ -283,6 +283,8 @@ def _picture_by_picture(component: Component) -> Component:
     """An encoder of pictures padded to one size with their own sizes beside them, one at its own size a call."""
     names = [name for name in component.sample if not _steers(name, component)]
     sizes = [name for name in component.sample if _steers(name, component)]
+    if not sizes:
+        return replace(component, alternative=_one_by_one(component))
     if len(names) != 1 or len(sizes) != 1 or not _reads_numbers(component):
         return component
     (name,), (size,) = names, sizes
@@ -308,6 +310,24 @@ def _picture_by_picture(component: Component) -> Component:
         axes={name: {2: "height", 3: "width"}, **{key: {0: f"{key}_0"} for key in first}},
         sources={name: _with(component.sources[name], {"pieces": "each", "sizes": size})},
         guides={size: _guide(component, size, "sizes", ("pictures", 2))},
+    )
+
+
+def _one_by_one(component: Component) -> Component | None:
+    """An encoder of pictures of one size, one picture a call; None where inputs aren't a row per picture."""
+    count = {len(value) for value in component.sample.values()}
+    if len(count) != 1 or any(value.dim() != 4 for value in component.sample.values()):
+        return None
+    sample = {name: value[:1] for name, value in component.sample.items()}
+    with torch.no_grad():
+        whole, first = component.module(**component.sample), component.module(**sample)
+    if not same_tensors(first, {name: value[: len(first[name])] for name, value in whole.items()}):
+        return None
+    return replace(
+        component,
+        sample=sample,
+        axes={name: {axis: symbol for axis, symbol in axes.items() if axis} for name, axes in component.axes.items()},
+        sources={name: _with(source, {"pieces": "each"}) for name, source in component.sources.items()},
     )
 
 

@@ -46,7 +46,8 @@ def naming(component: Component) -> Iterator[None]:
 def lower_each(
     components: Iterable[Component], lower: Callable[[Component], Lowered], progress: Progress, notes: list[str]
 ) -> Iterator[tuple[Component, Lowered]]:
-    """Every component with what `lower` makes of it, one by one; an optional one that can't be lowered is noted."""
+    """Every component, or its alternative, with what `lower` makes of it, one by one; an optional one that can't be
+    lowered is noted."""
     for component in components:
         progress(f"export {component.name}")
         try:
@@ -55,6 +56,9 @@ def lower_each(
             with naming(component):
                 lowered = lower(component)
         except UnsupportedModelError as error:
+            if component.alternative is not None:
+                yield from lower_each([component.alternative], lower, progress, notes)
+                continue
             if not component.optional:
                 raise
             notes.append(f"done without a program of its own: {error}")
