@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from tests.zoo import models
 from transformers import vision_utils
+from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe
 from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.llava_next import modeling_llava_next
@@ -16,7 +17,15 @@ from transformers.models.muse_glimmer import modeling_muse_glimmer
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
 from genbundle.runtime.positions import position_ids
-from genbundle.runtime.preparers import image_tiles, kept_rows, real_images, vision_blocks, vision_grid, vision_windows
+from genbundle.runtime.preparers import (
+    image_tiles,
+    kept_rows,
+    real_images,
+    vision_blocks,
+    vision_grid,
+    vision_pairs,
+    vision_windows,
+)  # fmt: skip
 
 GRIDS = [[[1, 4, 6]], [[1, 8, 2], [1, 4, 4]], [[3, 6, 4], [1, 2, 10], [2, 4, 4]]]
 
@@ -130,6 +139,16 @@ def test_image_tiles(height, width):
     table = torch.cat([features.reshape(-1, 6), newline[None]])
     np.testing.assert_array_equal(table[torch.from_numpy(found["image_rows"])], packed[0])
     np.testing.assert_array_equal(found["pixel_values"].ravel(), np.arange(count))
+
+
+@pytest.mark.parametrize("grids", [[[1, 4, 6], [1, 2, 2]], [[4, 4, 2], [1, 2, 2], [3, 2, 2]]])
+def test_vision_pairs(grids):
+    grid = torch.tensor(grids)
+    cls = modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeVariableResolutionResamplerModel
+    blocks = torch.arange(grid.prod(1).sum() // 4, dtype=torch.float32)[:, None]
+    expected = cls._temporal_slicing(SimpleNamespace(spatial_merge_size=2), blocks, grid)
+    found = vision_pairs({"g": grid.numpy()}, {"inputs": ["g"], "spatial_merge_size": 2})["paired_rows"]
+    np.testing.assert_array_equal(found.reshape(-1, 2), expected.numpy())
 
 
 def test_rows_that_are_kept():

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes, same_tensors
 from genbundle.builder.cut import leaves, output_inside
+from genbundle.builder.feeds import ModuleCall
 from genbundle.builder.plan import Capture
-from genbundle.builder.towers import ModuleCall, chain_component, watch_modules
+from genbundle.builder.towers import chain_component, watch_modules
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 

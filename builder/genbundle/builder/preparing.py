@@ -82,6 +82,7 @@ def _candidates(module: torch.nn.Module, given: Inputs) -> Iterator[tuple[str, d
         for merge in (*_pairs(module, "merge_kernel_size"), *_pairs(module, "merge_size"), (1, 1)):
             yield "vision_blocks", {"inputs": [name], "merge": list(merge)}
         yield "kept_rows", {"inputs": [name]}
+        yield from (("vision_pairs", {"inputs": [name], "spatial_merge_size": merge}) for merge in merges)
         yield from (("image_tiles", options) for options in _tiles(module, name, given))
     # Last: tiles that are no pictures look like padding too.
     for name in given:

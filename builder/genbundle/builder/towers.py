@@ -6,9 +6,9 @@ and among the outputs of the modules before it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,53 +17,20 @@ from torch.nn.modules import module as hooks
 from genbundle.builder.components import Component, name_axes, needed_inputs, same_tensors
 from genbundle.builder.cut import leaves
 from genbundle.builder.exporting import prepare_inputs
+from genbundle.builder.feeds import (
+    PAIRED,
+    Feed,
+    ModuleCall,
+    Tensors,
+    feature_feed,
+    field_feed,
+    filled_feed,
+    given_feed,
+    paired_feed,
+)  # fmt: skip
 from genbundle.builder.preparing import explain_prepared
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Input, Source
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleCall:
-    """One call of a module: its arguments by name, and the tensors of its output by path."""
-
-    module: torch.nn.Module
-    arguments: dict[str, Any]
-    fields: Tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feed:
-    """Where a tensor comes from: an input of the program (stage None), or a field of an earlier module's output.
-
-    shape: what it is reshaped to, with -1 for the axis that varies; None as it is. filled: instead, this number
-    throughout, as many rows as the input or field has. made: Python made it of the user's inputs. skip: so much of the
-    second axis is left out. rows: the input that says in which order its rows are taken, `last` being one more.
-    """
-
-    stage: int | None
-    name: str
-    shape: tuple[int, ...] | None = None
-    filled: float | None = None
-    made: bool = False
-    skip: int = 0
-    rows: str | None = None
-    last: torch.Tensor | None = None
-
-    def take(self, inputs: Mapping[str, Any], outputs: Sequence[Mapping[str, torch.Tensor]]) -> Any:
-        """The tensor, from the program's inputs and the outputs of the modules so far."""
-        value = inputs[self.name] if self.stage is None else outputs[self.stage][self.name]
-        if self.skip:
-            value = value[:, self.skip :]
-        if self.rows is not None:
-            value = value.reshape(-1, value.shape[-1])
-            table = value if self.last is None else torch.cat([value, self.last[None]])
-            return table[inputs[self.rows]]
-        if self.filled is not None:
-            assert self.shape is not None
-            return torch.full((value.shape[0], *self.shape[1:]), self.filled)
-        return value if self.shape is None else value.reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +54,7 @@ class Chain(torch.nn.Module):
             feed.name
             for feed in (*self._outputs.values(), *(feed for stage in stages for feed in stage.feeds.values()))
             if feed.stage is None
-        } | {feed.rows for feed in self._outputs.values()}
+        } | {feed.rows for feed in (*self._outputs.values(), *(f for s in stages for f in s.feeds.values()))}
 
     def forward(self, **inputs: Any) -> Tensors:
         """The features by name."""
@@ -103,24 +70,26 @@ class Chain(torch.nn.Module):
         return {name: feed.take(inputs, outputs) for name, feed in self._outputs.items()}
 
 
-def watch_modules(run: Callable[[], Any]) -> list[ModuleCall]:
-    """The outermost modules that `run` calls, in order."""
+def watch_modules(run: Callable[[], Any], opened: Collection[torch.nn.Module] = ()) -> list[ModuleCall]:
+    """The outermost modules that `run` calls, in order; of `opened` ones those that they call instead."""
     calls: list[ModuleCall] = []
-    with torch.no_grad(), _watched(calls):
+    with torch.no_grad(), _watched(calls, {id(module) for module in opened}):
         run()
     return calls
 
 
 @contextmanager
-def _watched(calls: list[ModuleCall]) -> Iterator[None]:
+def _watched(calls: list[ModuleCall], opened: set[int]) -> Iterator[None]:
     depth = 0
 
-    def enter(_module: torch.nn.Module, _args: tuple) -> None:
+    def enter(module: torch.nn.Module, _args: tuple) -> None:
         nonlocal depth
-        depth += 1
+        depth += id(module) not in opened
 
     def leave(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal depth
+        if id(module) in opened:
+            return
         depth -= 1
         if depth == 0:
             # Models write into their tower's output object.
@@ -155,20 +124,40 @@ def chain_component(
 
     Raises UnsupportedModelError, naming what a module takes that comes from nowhere, or a feature that none gives.
     """
+    _, *rest = watch_modules(lambda: run(given[0]))
+    numbers = [value for value in given[0].values() if not value.is_floating_point()]
+    # What deals rows out by the user's numbers can do so in Python, between modules of its own.
+    dealing = [call.module for call in rest if any(_is_one_of(value, numbers) for value in call.arguments.values())]
+    if dealing:
+        with suppress(UnsupportedModelError):
+            return _chain(model, modality, run, given, wanted, dealing)
+    return _chain(model, modality, run, given, wanted, [])
+
+
+def _is_one_of(value: Any, tensors: list[torch.Tensor]) -> bool:
+    return isinstance(value, torch.Tensor) and any(
+        value.shape == tensor.shape and torch.equal(value, tensor) for tensor in tensors
+    )
+
+
+def _chain(
+    model: torch.nn.Module, modality: str, run: Callable[[Tensors], Any], given: list[Tensors], wanted: list[Tensors],
+    opened: list[torch.nn.Module],
+) -> Component:  # fmt: skip
     name = f"{modality}_encoder"
-    calls = [watch_modules(lambda inputs=inputs: run(inputs)) for inputs in given]
+    calls = [watch_modules(lambda inputs=inputs: run(inputs), opened) for inputs in given]
     order = [call.module for call in calls[0]]
     if not order or len({id(module) for module in order}) != len(order):
         raise UnsupportedModelError(f"the {name} calls a module once for each picture, which can't be traced")
     if any([call.module for call in item] != order for item in calls):
         raise UnsupportedModelError(f"the {name} calls other modules from run to run, which can't be traced")
-    found = {key: _feature_feed(model, name, key, [item[key] for item in wanted], calls) for key in wanted[0]}
+    found = {key: feature_feed(model, name, key, [item[key] for item in wanted], calls) for key in wanted[0]}
     outputs = {key: feed for key, (feed, _) in found.items()}
     orders = [{feed.rows: rows[index] for feed, rows in found.values() if feed.rows} for index in range(len(calls))]
     used = max(feed.stage or 0 for feed in outputs.values()) + 1
     # Upstream prepares what it finds under a marker's name; the program has it under the user's.
     prepared = [prepare_inputs(order[0], _tensors(item[0].arguments)) for item in calls]
-    stages = [_stage(name, index, calls, given) for index in range(used)]
+    stages = [_stage(name, index, calls, given, orders) for index in range(used)]
     module = Chain(stages, outputs).eval()
     taken = [(index, argument, feed) for index, stage in enumerate(stages) for argument, feed in stage.feeds.items()]
     own = [
@@ -258,8 +247,10 @@ def _tensors(values: Mapping[str, Any]) -> Tensors:
     return {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _stage(name: str, index: int, calls: list[list[ModuleCall]], given: list[Tensors]) -> Stage:
-    """How the `index`-th module is called."""
+def _stage(
+    name: str, index: int, calls: list[list[ModuleCall]], given: list[Tensors], orders: list[dict[str, torch.Tensor]]
+) -> Stage:
+    """How the `index`-th module is called; an order of rows that it is given is added to each capture's `orders`."""
     feeds: dict[str, Feed] = {}
     constants: dict[str, Any] = {}
     for argument in {key: None for item in calls for key in item[index].arguments}:
@@ -271,122 +262,16 @@ def _stage(name: str, index: int, calls: list[list[ModuleCall]], given: list[Ten
             if found[0] is not None:
                 constants[argument] = found[0]
             continue
-        feed = _given_feed(values, given) or _field_feed(values, calls, index)
+        feed = given_feed(values, given) or field_feed(values, calls, index)
         if feed is None and index:
-            feed = _filled_feed(values, calls, index)
+            feed = filled_feed(values, calls, index)
+        if feed is None and index:
+            feed, rows = paired_feed(values, calls, index)
+            for order, row in zip(orders, rows, strict=False):
+                order[PAIRED] = row
         if feed is None and index:
             kind = type(calls[0][index].module).__name__
             raise UnsupportedModelError(f"the {name}'s {kind} takes {argument!r}, which no module before it gives")
         # What Python made of the inputs before the first module is for a preparer to make.
         feeds[argument] = feed or Feed(stage=None, name=argument, made=True)
     return Stage(module=calls[0][index].module, feeds=feeds, constants=constants)
-
-
-def _given_feed(values: list[torch.Tensor], given: list[Tensors]) -> Feed | None:
-    for key in given[0]:
-        found = _reshaped(values, [inputs[key] for inputs in given], leading=True)
-        if found is not None:
-            return Feed(stage=None, name=key, shape=found or None)
-    return None
-
-
-def _field_feed(values: list[torch.Tensor], calls: list[list[ModuleCall]], before: int) -> Feed | None:
-    """The latest module's field that holds `values` in every capture."""
-    for stage in reversed(range(before)):
-        for key in calls[0][stage].fields:
-            fields = [item[stage].fields.get(key) for item in calls]
-            if any(item is None for item in fields):
-                continue
-            for skip in (0, 1):  # a token for the whole picture stands first
-                parts = [item[:, skip:] if item is not None and item.dim() > 2 else item for item in fields]
-                found = _reshaped(values, parts, leading=False)
-                if found is not None:
-                    return Feed(stage=stage, name=key, shape=found or None, skip=skip)
-    return None
-
-
-def _filled_feed(values: list[torch.Tensor], calls: list[list[ModuleCall]], before: int) -> Feed | None:
-    """One number throughout, in as many rows as a field of a module before has."""
-    number = values[0].flatten()[0] if values[0].numel() else None
-    alike = number is not None and all(bool((value == number).all()) for value in values)
-    if not alike or len({value.shape[1:] for value in values}) != 1:
-        return None
-    for stage in reversed(range(before)):
-        for key, tensor in calls[0][stage].fields.items():
-            rows = [item[stage].fields[key].shape[0] for item in calls] if tensor.dim() else []
-            if rows == [value.shape[0] for value in values]:
-                filled = number.item()  # pyright: ignore[reportOptionalMemberAccess]
-                return Feed(stage=stage, name=key, shape=(-1, *values[0].shape[1:]), filled=filled)
-    return None
-
-
-def _feature_feed(
-    model: torch.nn.Module, name: str, key: str, values: list[torch.Tensor], calls: list[list[ModuleCall]]
-) -> tuple[Feed, list[torch.Tensor]]:
-    """Where a feature comes from, and the order of the rows in each capture where it isn't the module's own."""
-    feed = _field_feed(values, calls, len(calls[0]))
-    if feed is not None:
-        shape = None if feed.shape is None else (-1, *values[0].shape[1:])
-        return replace(feed, shape=shape), []
-    for stage in reversed(range(len(calls[0]))):
-        for path in calls[0][stage].fields:
-            found = _order(model, values, [item[stage].fields.get(path) for item in calls])
-            if found is not None:
-                rows, last = found
-                # One order for all levels of features, which are dealt out alike.
-                return Feed(stage=stage, name=path, rows="image_rows", last=last), rows
-    raise UnsupportedModelError(f"{key} is no output of a module that the {name} calls")
-
-
-def _order(
-    model: torch.nn.Module, values: list[torch.Tensor], fields: list[torch.Tensor | None]
-) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
-    """The rows of `fields` that `values` are made of, a parameter of the model being one more; None for others."""
-    orders, last = [], None
-    for value, rows in zip(values, fields, strict=True):
-        if rows is None or value.dim() != 2 or rows.dim() < 2 or rows.shape[-1] != value.shape[-1]:
-            return None
-        table = rows.reshape(-1, rows.shape[-1])
-        places = {row.tobytes(): index for index, row in enumerate(table.detach().numpy())}
-        found = [places.get(row.tobytes()) for row in value.detach().numpy()]
-        other = {value[index].detach().numpy().tobytes() for index, place in enumerate(found) if place is None}
-        if len(other) > 1 or (other and len(found) == found.count(None)):
-            return None
-        if other:
-            width = value.shape[-1]
-            given = (item for item in model.parameters() if item.shape == (width,))
-            last = next((item for item in given if item.detach().numpy().tobytes() in other), None)
-            if last is None:
-                return None
-        orders.append(torch.tensor([len(table) if place is None else place for place in found]))
-    return orders, last
-
-
-def _reshaped(
-    values: list[torch.Tensor], sources: Sequence[torch.Tensor | None], *, leading: bool
-) -> tuple[int, ...] | None:
-    """The shape that makes the sources the values, () where they are; None where they don't hold them.
-
-    leading: only by one axis of size 1 in front, more or less.
-    """
-    if any(source is None for source in sources) or len({value.dim() for value in values}) != 1:
-        return None
-    sizes = zip(*(value.shape for value in values), strict=True)
-    shape = [size[0] if len(set(size)) == 1 else -1 for size in sizes]
-    same = True
-    for value, source in zip(values, sources, strict=True):
-        assert source is not None
-        if source.dtype != value.dtype or source.numel() != value.numel():
-            return None
-        same &= value.shape == source.shape
-        if leading and value.shape != source.shape and source.shape not in ((1, *value.shape), value.shape[1:]):
-            return None
-        if not torch.equal(source.reshape(value.shape), value):
-            return None
-    if same:
-        return ()
-    if shape.count(-1) > 1:
-        return None
-    if -1 not in shape:
-        shape[0] = -1
-    return tuple(shape)

@@ -103,6 +103,23 @@ def vision_blocks(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarr
     return result
 
 
+def vision_pairs(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Which merge blocks of two frames come together: a clip's even frame and the odd one after, a picture's twice.
+
+    paired_rows: `[2 * blocks]`, the two blocks of each.
+    """
+    grids = inputs[options["inputs"][0]].astype(np.int64)
+    merge = int(options["spatial_merge_size"])
+    _check_grids(grids, merge)
+    pairs, start = [], 0
+    for time, height, width in grids.tolist():
+        frames = np.arange(start, start + time * height * width // merge**2).reshape(time, -1)
+        even, odd = frames[::2], frames[1::2] if time > 1 else frames
+        pairs.append(np.stack([even[: len(odd)], odd], -1).reshape(-1, 2))
+        start += frames.size
+    return {"paired_rows": np.concatenate(pairs).ravel()}
+
+
 def image_tiles(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
     """Pictures cut into an overview and tiles, as LLaVA-NeXT has them, and the order in which their features are read.
 
@@ -210,6 +227,7 @@ PREPARERS: dict[str, Callable[[Inputs, dict[str, Any]], dict[str, np.ndarray]]] 
     "vision_grid": vision_grid,
     "vision_windows": vision_windows,
     "vision_blocks": vision_blocks,
+    "vision_pairs": vision_pairs,
     "image_tiles": image_tiles,
     "kept_rows": kept_rows,
 }
