@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 
@@ -30,6 +31,21 @@ def model_of(inputs, outputs, nodes, constants) -> ir.Model:
 def run(model: ir.Model, path, **feeds) -> list[np.ndarray]:
     ir.save(model, path)
     return [np.asarray(item) for item in onnxruntime.InferenceSession(path).run(None, feeds)]
+
+
+def test_a_fused_product_with_a_transposed_batch_is_taken_apart(tmp_path):
+    x, weight = ir.val("x", dtype=FLOAT, shape=["length", "batch", 6]), constant("w", np.eye(4, 6, dtype=np.float32))
+    options = {"transBatchA": 1, "transB": 1, "alpha": 0.5}
+    fused = ir.node("FusedMatMul", [x, weight], domain="com.microsoft", attributes=options)
+    (y,) = shaped(fused, ["batch", "length", 4])
+    y.name = "y"
+    model = model_of([x], [y], [fused], [weight])
+    assert unfuse_batch_transposes(model)
+    assert [node.op_type for node in model.graph] == ["Transpose", "MatMul", "Constant", "Mul", "Transpose"]
+    array = np.random.default_rng(0).standard_normal((3, 2, 6), np.float32)
+    expected = array.transpose(1, 0, 2)[..., :4] / 2
+    np.testing.assert_array_equal(run(model, tmp_path / "a.onnx", x=array)[0], expected)
+    assert not unfuse_batch_transposes(model)
 
 
 def heads_and_back(last: list) -> ir.Model:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from genbundle.builder.components import Component, as_state
 from genbundle.builder.exporting import to_onnx
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
+from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 from genbundle.builder.passes.tied_weights import share_transposed_weights
@@ -64,6 +65,7 @@ def _lower(component: Component, provider: str) -> ir.Model:
     model = to_onnx(component.module, component.sample, component.axes, component.longest, fused_for)
     _expect_dynamic(model, component)
     share_transposed_weights(model)
+    unfuse_batch_transposes(model)
     if fused_for is not None:
         remove_round_trips(model)
         add_biases_before_split(model)
