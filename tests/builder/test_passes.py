@@ -1,10 +1,15 @@
 """Graph passes: the same results from fewer nodes."""
 
+import io
+import math
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
+from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 
@@ -118,3 +123,20 @@ def test_a_part_that_is_also_read_without_its_bias_keeps_it():
     model = packed(np.float32([1, 2, 3]), None, None, read_twice=True)
     assert not add_biases_before_split(model)
     assert not add_biases_before_split(packed(np.ones((4, 3), np.float32), None, None)), "no bias of one row"
+
+
+class _Blocks(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, math.ceil(x.shape[1] / 4) * 4 - x.shape[1])).cumsum(1)
+
+
+def test_a_size_rounded_up_can_be_saved():
+    exported = torch.export.export(_Blocks(), (torch.randn(2, 9),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    assert divide_upwards(exported.graph)
+    assert not divide_upwards(exported.graph)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for size in (8, 9, 11):
+        torch.testing.assert_close(loaded(torch.ones(2, size)), _Blocks()(torch.ones(2, size)))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from genbundle.bundles import InputError
 from tests.zoo import shrink
 
-# Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders.
+# Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders;
+# sound beside text and pictures before it in one program; a generate inside another; a merge before an encoder.
 CASES = [
     ("Lfm2ForCausalLM", "cpu"),
     ("Lfm2ForCausalLM", "torch"),
@@ -21,6 +23,10 @@ CASES = [
     ("Mistral3ForConditionalGeneration", "cpu"),
     ("LlavaNextForConditionalGeneration", "torch"),
     ("Gemma4UnifiedForConditionalGeneration", "torch"),
+    ("GlmAsrForConditionalGeneration", "torch"),
+    ("GitForCausalLM", "cpu"),
+    ("Blip2ForConditionalGeneration", "torch"),
+    ("Florence2ForConditionalGeneration", "torch"),
 ]
 pytestmark = pytest.mark.slow
 
@@ -65,3 +71,16 @@ def test_the_generation_configs_rules(options, loaded):
     arrays = {key: value.numpy() for key, value in inputs.items()}
     found = bundle.generate(**arrays, **options, max_new_tokens=10, do_sample=False).sequences
     np.testing.assert_array_equal(found, expected)
+
+
+def test_sounds_that_do_not_fit_the_placeholders_are_refused(loaded):
+    name = "GlmAsrForConditionalGeneration"
+    bundle = loaded(name, "torch")
+    inputs = {key: value.numpy() for key, value in shrink.variants(name, shrink.make(name))["check"][0].items()}
+    ids = inputs["input_ids"].copy()
+    place = int(np.argmax(ids[0] == bundle.bundle.manifest.programs[0].placeholder_id))
+    ids[0, place] = 10
+    with pytest.raises(InputError, match=r"the prompt holds \d+ audio tokens, the audio gives \d+ features"):
+        bundle.generate(**{**inputs, "input_ids": ids}, max_new_tokens=2)
+    with pytest.raises(InputError, match="'input_features' needs input_features_mask beside it"):
+        bundle.generate(input_ids=inputs["input_ids"], input_features=inputs["input_features"], max_new_tokens=2)

@@ -3,7 +3,6 @@
 The first call computes the cross-attention's keys and values from the encoder's output; they are state from then on.
 """
 
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from genbundle.builder.attention import make_cache
 from genbundle.builder.components import Component, name_axes, same_tensors
-from genbundle.builder.cut import output_inside
+from genbundle.builder.cut import forward_of
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
 from genbundle.builder.plan import Call, Capture, Inputs, Phase, constant_arguments
 from genbundle.builder.programs import BATCH, NEW, PAST, with_past, with_present
@@ -48,9 +47,16 @@ class WholeEncoder(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Encoder`, from the user's inputs; the decoder behind it is dead code."""
-        start = torch.ones(2, 1, dtype=torch.long)
-        run = functools.partial(self.model, **inputs, decoder_input_ids=start, use_cache=False)
-        return _fields(output_inside(self._encoder[0], run))
+        original, found = self._encoder[0].forward, []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            found.append(original(*args, **kwargs))
+            return found[0]
+
+        start = next(iter(inputs.values())).new_ones(len(next(iter(inputs.values()))), 1, dtype=torch.long)
+        with forward_of(self._encoder[0], record):
+            self.model(**inputs, decoder_input_ids=start, use_cache=False)
+        return _fields(found[0])
 
 
 class CrossDecoder(torch.nn.Module):

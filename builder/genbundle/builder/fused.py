@@ -5,7 +5,7 @@ the user's tensors to logits and the present. Steps go through the same `decode`
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,30 +37,62 @@ class _Size:
         return self
 
 
-class _Media(TorchFunctionMode):
-    """What happens to media inside the block, seen and made traceable.
-
-    scattered: what `masked_scatter` puts in the place of placeholders, `[features, width]` each. Models deal features
-    out picture by picture, by sizes that they read from a tensor, and join them again before that: here they stay
-    joined, since a Python loop over them would bake the number of pictures into the program.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scattered: list[torch.Tensor] = []
+class _RuntimeSizes(TorchFunctionMode):
+    """Numbers that are read from a list-like tensor inside the block are those of a running program."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
-        # By name, since exporters put functions of their own in these places.
-        given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         # A tracer's own `tolist` unbinds.
-        if name in ("tolist", "unbind") and args[0].dim() == 1 and not args[0].is_floating_point():
+        if getattr(func, "__name__", "") in ("tolist", "unbind") and _is_list(args[0]):
             return [_Size()]
-        if name.startswith("split") and any(_runtime_sizes(item) for item in (*args, *given.values())):
-            return (args[0],)
-        if name.startswith("masked_scatter"):
-            source = given["source"] if "source" in given else args[2]
-            self.scattered.append(source.reshape(-1, source.shape[-1]))
-        return func(*args, **given)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _media() -> Iterator[list[torch.Tensor]]:
+    """What `masked_scatter` puts in the place of placeholders inside the block, `[features, width]` each.
+
+    Models deal features out picture by picture, by sizes that they read from a tensor, and join them again before that:
+    inside the block they stay joined, since a Python loop over them would bake the number of pictures into the program.
+    """
+    scattered: list[torch.Tensor] = []
+
+    def record(original: Callable) -> Callable:
+        def masked_scatter(tensor: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+            scattered.append(source.reshape(-1, source.shape[-1]))
+            return original(tensor, mask, source)
+
+        return masked_scatter
+
+    def joined(original: Callable) -> Callable:
+        def split(tensor: torch.Tensor, sizes: Any, *args: Any, **kwargs: Any) -> Any:
+            return (tensor,) if _runtime_sizes(sizes) else original(tensor, sizes, *args, **kwargs)
+
+        return split
+
+    # Not by a function mode: exporters put functions of their own in these places, which one doesn't see.
+    replaced = ((torch.Tensor, "masked_scatter", record), (torch.Tensor, "split", joined), (torch, "split", joined))
+    with ExitStack() as stack:
+        for owner, name, replacement in replaced:
+            stack.enter_context(_attribute(owner, name, replacement(getattr(owner, name))))
+        stack.enter_context(_RuntimeSizes())
+        yield scattered
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _is_list(value: torch.Tensor) -> bool:
+    return value.dim() == 1 and not value.is_floating_point()
 
 
 def _runtime_sizes(value: Any) -> bool:
@@ -81,10 +113,10 @@ class Fused(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits and present, and the features that took the placeholders' places."""
-        with _Media() as media:
+        with _media() as scattered:
             outputs = self.decoder(**inputs)
         if self.features is not None:
-            outputs[FEATURES] = media.scattered[self.features].contiguous()
+            outputs[FEATURES] = scattered[self.features].contiguous()
         return outputs
 
 
@@ -156,7 +188,12 @@ def fused_components(
         return Decoder(model, **options) if inner is None else InnerPrompt(model, inner, handed, **options)
 
     samples = [_tensors(item, plan.prompt.sources) for item in captures]
-    token, features = _placeholder(Fused(decoder(fused=False)).eval(), captures, samples)
+    try:
+        token, features = _placeholder(Fused(decoder(fused=False)).eval(), captures, samples)
+    except _FAILURES as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its prompt can't be computed by one program: {_told(error)}"
+        ) from error
     module = Fused(decoder(fused=fused)).eval()
     module.features = features
     prompt = replace(_prompt_component(model, plan, module, samples, token), fusions=fused or not fuse)
@@ -228,9 +265,9 @@ def _placeholder(
     """The token that stands for the features of one `masked_scatter`, and which one; None without one."""
     counts = []
     for sample in samples:
-        with torch.no_grad(), _Media() as media:
+        with torch.no_grad(), _media() as scattered:
             module.decoder(**sample)
-        counts.append([len(features) for features in media.scattered])
+        counts.append([len(features) for features in scattered])
     for index, each in enumerate(zip(*counts, strict=False)):
         token = placeholder_token(captures, list(each))
         if token is not None:

@@ -60,7 +60,8 @@ def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) ->
 class SampleMaker:
     """Makes variants of sample inputs: longer prompts, other text, other content, padded batches."""
 
-    def __init__(self, model: PreTrainedModel, seed: int = 0):
+    def __init__(self, model: PreTrainedModel, given: Sequence[Inputs] = (), seed: int = 0):
+        self._per_token = per_token(given) if given and "input_ids" in given[0] else frozenset()
         config = model.config.get_text_config(decoder=True)
         self._generator = torch.Generator().manual_seed(seed)
         self._dtype = next(model.parameters()).dtype
@@ -88,7 +89,7 @@ class SampleMaker:
         ids, result = sample["input_ids"], dict(sample)
         picked = torch.randint(len(self._allowed), (ids.shape[0], extra), generator=self._generator)
         for name, tensor in sample.items():
-            if per_token(tensor, ids):
+            if name in self._per_token:
                 more = self._allowed[picked] if name == "input_ids" else tensor[:, -1:].repeat_interleave(extra, 1)
                 result[name] = torch.cat([tensor, more.to(tensor.dtype)], 1)
         return result
@@ -100,7 +101,7 @@ class SampleMaker:
         """
         result = dict(sample)
         for name, tensor in sample.items():
-            if not tensor.is_floating_point() or ("input_ids" in sample and per_token(tensor, sample["input_ids"])):
+            if not tensor.is_floating_point() or name in self._per_token:
                 continue
             noise = torch.randn(tensor.shape, generator=self._generator)
             spread = tensor.float().std() if tensor.numel() > 1 else 1.0
@@ -109,20 +110,25 @@ class SampleMaker:
         return result
 
 
-def per_token(tensor: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether `tensor` has a row for each of the token ids `[batch, length]`."""
-    return tensor.dim() > 1 and tensor.shape[:2] == ids.shape
+def per_token(samples: Sequence[Inputs]) -> frozenset[str]:
+    """The arrays with a row for each of the token ids `[batch, length]`, in every sample."""
+    return frozenset(
+        name
+        for name, tensor in samples[0].items()
+        if all(sample[name].shape[:2] == sample["input_ids"].shape for sample in samples)
+        and (tensor.dim() == 2 or len({sample["input_ids"].shape[1] for sample in samples}) > 1)
+    )
 
 
 def left_padded(samples: Sequence[Inputs], pad: int) -> Inputs:
     """Several single samples as one batch, prompts padded on the left; other inputs joined along their first axis."""
-    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    longest, rows = max(sample["input_ids"].shape[1] for sample in samples), per_token(samples)
     result: Inputs = {}
     for name in samples[0]:
         parts = []
         for sample in samples:
             tensor, missing = sample[name], longest - sample["input_ids"].shape[1]
-            if per_token(tensor, sample["input_ids"]):
+            if name in rows:
                 value = pad if name == "input_ids" else 0
                 room = (0, 0) * (tensor.dim() - 2) + (missing, 0)
                 tensor = torch.nn.functional.pad(tensor, room, value=value)
@@ -178,7 +184,8 @@ def make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) ->
     Raises BuildError for inputs that can't be used, and for a capacity that they don't fit in.
     """
     samples = _make_samples(model, given, limits)
-    longest = max(_tokens(sample) for sample in samples.held_out.values()) + NEW_TOKENS
+    ids = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    longest = max(sample[ids].shape[1] if ids in sample else 1 for sample in samples.held_out.values()) + NEW_TOKENS
     if limits.capacity is not None and longest > limits.capacity:
         raise BuildError(
             f"a bundle of {limits.capacity} tokens can't be checked: the longest sample takes {longest} (prompt and "
@@ -187,13 +194,8 @@ def make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) ->
     return samples
 
 
-def _tokens(sample: Inputs) -> int:
-    ids = sample.get("decoder_input_ids", sample.get("input_ids"))
-    return 1 if ids is None else ids.shape[1]
-
-
 def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -> Samples:
-    maker, pad = SampleMaker(model), padding_token(model)
+    maker, pad = SampleMaker(model, given), padding_token(model)
     if not given:
         capture = [left_padded([maker.text(5), maker.text(9)], pad), maker.text(6)]
         held_out = {
@@ -262,8 +264,9 @@ def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
     if len(first) < 3 or first["input_ids"].shape[0] != 1:
         return None
     joined: Inputs = {}
+    rows = per_token([first, second])
     for name, tensor in first.items():
-        axis = 1 if per_token(tensor, first["input_ids"]) else 0
+        axis = 1 if name in rows else 0
         if tensor.shape[axis + 1 :] != second[name].shape[axis + 1 :]:
             return None
         joined[name] = torch.cat([tensor, second[name]], axis)

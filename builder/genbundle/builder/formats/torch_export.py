@@ -13,6 +13,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
+from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles.manifest import Output, Program, State
 
@@ -39,6 +40,7 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
 def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
     exported = to_exported_program(component.module, component.sample, component.axes, component.longest)
+    divide_upwards(exported.graph)
     relax_lower_bounds(exported)
     return exported
 
