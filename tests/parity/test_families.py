@@ -14,6 +14,11 @@ CASES = [
     ("Lfm2ForCausalLM", "torch"),
     ("MambaForCausalLM", "torch"),
     ("DeepseekV32ForCausalLM", "torch"),
+    # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
+    ("MiniMaxForCausalLM", "torch"),
+    ("XLNetLMHeadModel", "torch"),
+    ("MptForCausalLM", "cpu"),
+    ("xLSTMForCausalLM", "torch"),
     ("MarianMTModel", "cpu"),
     ("T5ForConditionalGeneration", "torch"),
     ("Speech2TextForConditionalGeneration", "torch"),

@@ -1,0 +1,93 @@
+"""State in any object: found, explained, put into copies; prompts whose code loops over their length."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from tests.zoo import shrink
+
+from genbundle.builder.lengths import loop_over_length
+from genbundle.builder.objects import leaves, with_leaves
+from genbundle.builder.turns import turn_components
+from genbundle.bundles import UnsupportedModelError
+
+
+class Holder:
+    """Anything that holds tensors."""
+
+    def __init__(self):
+        self.keys = torch.zeros(2, 3)
+        self.values = self.keys
+        self.parts = {"conv": [torch.ones(1), (torch.full((1,), 2.0), None)]}
+        self.seen, self.config = 3, hf.LlamaConfig()
+
+
+def test_leaves_are_found_by_path():
+    found = leaves(Holder())
+    assert set(found) == {("keys",), ("values",), ("parts", "conv", 0), ("parts", "conv", 1, 0),
+                          ("parts", "conv", 1, 1), ("seen",)}  # fmt: skip
+
+
+def test_a_copy_gets_other_leaves_and_the_original_keeps_its_own():
+    holder, new = Holder(), torch.rand(2, 5)
+    made = with_leaves(holder, {("keys",): new, ("seen",): 5, ("parts", "conv", 1, 0): new})
+    assert made.keys is new and made.values is new and made.parts["conv"][1][0] is new
+    assert made.seen == 5 and made.config is holder.config
+    assert holder.seen == 3 and holder.keys.shape == (2, 3) and holder.parts["conv"][0] is not made.parts["conv"][0]
+
+
+def test_a_loop_over_the_length_is_seen():
+    class Scan(torch.nn.Module):
+        def forward(self, x):
+            state = x[:, 0]
+            for place in range(1, x.shape[1]):
+                state = state * 0.5 + x[:, place]
+            return {"y": state}
+
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            return {"y": x.cumsum(1)}
+
+    def sample(length):
+        return {"x": torch.rand(2, length)}
+
+    assert "loops over the prompt's length" in (loop_over_length(Scan(), sample) or "")
+    assert loop_over_length(Sum(), sample) is None
+
+
+def turns_of(name):
+    model = shrink.make(name)
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+               for ids in (torch.randint(10, 200, (2, 9)), torch.randint(10, 200, (1, 12)))]  # fmt: skip
+    return turn_components(model, samples, UnsupportedModelError("the usual programs don't do"))
+
+
+def test_a_model_without_a_cache_carries_its_tokens():
+    components, flow, notes = turns_of("MptForCausalLM")
+    assert [component.name for component in components] == ["decode"] and flow.continues
+    assert list(components[0].sample) == ["input_ids", "attention_mask", "past_ids"]
+    assert "runs the whole sequence again" in notes[0]
+
+
+def test_any_object_is_carried():
+    components, flow, notes = turns_of("MiniMaxForCausalLM")
+    step = components[-1]
+    assert step.name == "decode" and not notes
+    assert {name for name, source in step.sources.items() if source.kind == "state"} == {
+        "past_cache_layers_0_keys", "past_cache_layers_0_values", "past_cache_linear_cache_1"}  # fmt: skip
+    assert step.axes["past_cache_layers_0_keys"] == {0: "batch", 2: "past"}
+    assert components[0].obstacle is not None and flow.prompt[1].one_by_one and not flow.prompt[1].padded
+
+
+def test_what_cannot_be_replayed_is_refused_with_the_cause():
+    with pytest.raises(UnsupportedModelError, match=r"the usual programs don't do .*turn 1"):
+        turns_of("ReformerModelWithLMHead")
+
+
+def test_the_callers_model_is_left_alone():
+    model = shrink.make("MptForCausalLM")
+    before = copy.copy(model.__dict__)
+    ids = torch.randint(10, 200, (1, 5))
+    turn_components(model, [{"input_ids": ids}], UnsupportedModelError("x"))
+    assert model.__dict__.keys() == before.keys()
