@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from tests.zoo import shrink
 
+from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.objects import leaves, with_leaves
 from genbundle.builder.turns import turn_components
@@ -91,3 +92,16 @@ def test_the_callers_model_is_left_alone():
     ids = torch.randint(10, 200, (1, 5))
     turn_components(model, [{"input_ids": ids}], UnsupportedModelError("x"))
     assert model.__dict__.keys() == before.keys()
+
+
+def test_the_least_of_open_sizes_stays_open():
+    class Window(torch.nn.Module):
+        def forward(self, x):
+            return {"y": x.topk(min(4, x.shape[1]), dim=1).values}
+
+    sample = {"x": torch.rand(2, 9)}
+    program = to_exported_program(Window(), sample, {"x": {0: "batch", 1: "sequence"}}, None)
+    for length in (2, 4, 20):
+        x = torch.rand(3, length)
+        torch.testing.assert_close(program.module()(x=x)["y"], x.topk(min(4, length), dim=1).values)
+    assert "min" not in globals()

@@ -18,6 +18,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
 
 from genbundle.builder.noise import quiet
+from genbundle.builder.symbolic import open_sizes
 from genbundle.bundles import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def to_exported_program(
     """
     # A copy of the sample, here and below: upstream's preparation writes into the dict that it is given.
     return _dynamic(
+        module,
         sample,
         axes,
         lambda shapes: (
@@ -129,6 +131,7 @@ def to_onnx(
 ) -> "onnx_ir.Model":
     """The same as an ONNX model, fused for `provider` ("cpu", "cuda" or None)."""
     return _dynamic(
+        module,
         sample,
         axes,
         lambda shapes: (
@@ -141,13 +144,17 @@ def to_onnx(
 
 
 def _dynamic(
-    sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[dict], Any], most: Mapping[str, int]
+    module: Any,
+    sample: Mapping[str, torch.Tensor],
+    axes: Axes,
+    export: Callable[[dict], Any],
+    most: Mapping[str, int],
 ) -> Any:
     """`export` with the axes' shapes: first with one symbol for the axes of one name, which spares the solver most of
     its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
     solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
     """
-    with quiet(), _without_checks():
+    with quiet(), _without_checks(), open_sizes(module):
         try:
             return export(_shapes(sample, axes, FREE_AXES, most))
         except Exception as error:  # upstream wraps what torch raises

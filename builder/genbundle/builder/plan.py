@@ -117,6 +117,9 @@ def make_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
     for item in captures:
         if item.prompt.get("input_ids") is None and not inner:
             raise UnsupportedModelError(f"{name}: the decoder's prompt has no input_ids")
+        given = item.step.get("input_ids")
+        if given is not None and not inner and given.shape[1] != 1:
+            raise UnsupportedModelError(f"{name}: a step is given {given.shape[1]} tokens, not the new one alone")
     step_kwargs = captures[0].step
     cache_argument = next((key for key, value in step_kwargs.items() if isinstance(value, Cache)), "past_key_values")
     layers = describe_layers(step_kwargs.get(cache_argument), name)

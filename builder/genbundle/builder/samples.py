@@ -231,6 +231,10 @@ def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -
         "as given": first,
         "other content, longer prompt": maker.other_content(maker.longer(first, 17)),
     }
+    if len(first) == 2:
+        # A tracer may take what holds for the prompts that it is shown to hold for any.
+        shortest = {"one token": maker.text(1), "short prompt": maker.text(3)}
+        held_out |= {name: inputs for name, inputs in shortest.items() if _generates(model, inputs)}
     if generates_from_text_alone(model) and len(first) > 2:
         held_out["text alone"] = maker.text(11)
     both = _one_after_another(first, last)

@@ -1,0 +1,45 @@
+"""Python's `min` and `max` over sizes that a tracer leaves open, inside the code of a model."""
+
+import builtins
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def open_sizes(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, `min` and `max` in the files that define `model`'s modules stay expressions of open sizes.
+
+    Python's own compare, and the tracer then keeps the branch that the sample took: `min(2048, length)` would become
+    `length`, right up to 2048 tokens only (torch.sym_min is what tracing is meant to use).
+    """
+    replaced: list[tuple[ModuleType, str]] = []
+    try:
+        for file in {type(module).__module__ for module in model.modules()}:
+            module = sys.modules[file]
+            for name, own in _OWN.items():
+                # Only what is Python's: a file with a `min` of its own keeps it.
+                if not file.startswith(("torch.", "genbundle.")) and name not in vars(module):
+                    setattr(module, name, own)
+                    replaced.append((module, name))
+        yield
+    finally:
+        for module, name in replaced:
+            delattr(module, name)
+
+
+def _symbolic(plain: Callable[..., Any], pair: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def choose(*values: Any, **options: Any) -> Any:
+        if options or len(values) < 2 or not any(isinstance(value, torch.SymInt) for value in values):
+            return plain(*values, **options)
+        return reduce(pair, values)
+
+    return choose
+
+
+_OWN = {"min": _symbolic(builtins.min, torch.sym_min), "max": _symbolic(builtins.max, torch.sym_max)}
