@@ -46,7 +46,7 @@ def build(model: hf.PreTrainedModel, folder: Path, samples: list[dict[str, torch
     captures = (
         capture(model, make_samples(model, samples, limits_of(model, "xnnpack", None)).capture) if samples else []
     )
-    positions = make_plan(model, captures).sources.get("position_ids") if samples else None
+    positions = make_plan(model, captures).step.sources.get("position_ids") if samples else None
     exported = export_executorch(
         model, max_length=CAPACITY, eos_token_ids=(2,), captures=captures, positions=positions,
         path=folder / PROGRAM_FILE,

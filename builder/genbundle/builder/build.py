@@ -242,9 +242,8 @@ def _executorch(
     except UnsupportedModelError as error:
         refusal = error
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        refusal = UnsupportedModelError(
-            f"{type(model).__name__} can't be run with a cache of its own: {first_line(error)}"
-        )
+        why = f"its code fails with another cache and mask than its own: {type(error).__name__}: {first_line(error)}"
+        refusal = UnsupportedModelError(f"language_model: {why}")
     try:
         components, flow, notes = _components(model, captures, capacity, fuse=False)
         exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)

@@ -101,9 +101,9 @@ class StatefulDecoder(torch.nn.Module):
     def exporting(self) -> Iterator[None]:
         """While open, the model's attention runs on this decoder's buffers; the model is as before on leaving."""
 
-        def attention(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
             assert self.cache is not None
-            return attend(self.cache, module, query, key, value, mask, **kwargs)
+            return attend(self.cache, module, query, key, value, attention_mask, **kwargs)
 
         def mask(**kwargs: Any) -> torch.Tensor | None:
             assert self.cache is not None
@@ -140,7 +140,7 @@ def probe_layers(model: PreTrainedModel) -> tuple[LayerState, ...]:
     """
     decoder, attended = decoder_of(model), 0
 
-    def attention(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def attention(module: Any, query: torch.Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         nonlocal attended
         check_attention_call(module, kwargs)
         attended += 1

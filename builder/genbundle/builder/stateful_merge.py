@@ -44,11 +44,13 @@ def watch_prompt(model: PreTrainedModel, inputs: Inputs) -> Seen:
     """
     decoder, seen = decoder_of(model), Seen()
 
-    def attention(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def attention(module: Any, query: torch.Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         # As scaled_dot_product_attention does: without a mask, the module's own flag says whether it is causal.
         causal = kwargs.get("is_causal")
         seen.masks.append(
-            (causal if causal is not None else getattr(module, "is_causal", True)) if mask is None else mask
+            (causal if causal is not None else getattr(module, "is_causal", True))
+            if attention_mask is None
+            else attention_mask
         )
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 

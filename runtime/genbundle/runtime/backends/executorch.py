@@ -110,7 +110,9 @@ def _to_torch(tensor: Tensor) -> Any:
     import torch
 
     # torch shares numpy's memory and warns about read-only arrays (broadcast ones, for instance): those are copied.
-    return torch.from_numpy(np.require(tensor, requirements=("C", "W")))
+    shared = torch.from_numpy(np.require(tensor, requirements=("C", "W")))
+    # numpy gives an empty array strides of 0, which ExecuTorch's assertion ends the process for.
+    return shared if tensor.size else shared.new_zeros(shared.shape)
 
 
 def _check_version(bundle: Bundle) -> None:

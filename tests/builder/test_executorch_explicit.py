@@ -1,0 +1,111 @@
+"""Programs that take and return their state, as methods of one .pte."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genbundle.builder.components import Component
+from genbundle.builder.formats.executorch_explicit import export_explicit, largest_sizes, one_sequence
+from genbundle.bundles import Bundle
+from genbundle.bundles.manifest import FORMAT, FORMAT_VERSION, File, Flow, Generation, Manifest, Model, Route, Source
+from genbundle.runtime.backends import open_backend
+from genbundle.runtime.state import State
+
+CAPACITY = 16
+
+
+class Appending(torch.nn.Module):
+    """Appends what it is given to its past; counts; notes which numbers are odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        ids = inputs["input_ids"]
+        new = torch.stack([ids, ids + 1, ids + 2, ids * 2], -1).to(torch.float32)
+        values = torch.cat([inputs["past_0_value"], new], 1)
+        return {
+            "logits": self.head(values.sum(1, keepdim=True)),
+            "present_0_value": values,
+            "present_0_count": inputs["past_0_count"] + ids.shape[1],
+            "present_0_odd": torch.cat([inputs["past_0_odd"], ids % 2 == 1], 1),
+        }
+
+
+def appending() -> Component:
+    axes = {
+        "input_ids": {0: "batch", 1: "sequence"},
+        **{f"past_0_{kind}": {0: "batch", 1: "past"} for kind in ("value", "odd")},
+        **{f"present_0_{kind}": {0: "batch", 1: "total"} for kind in ("value", "odd")},
+        "past_0_count": {0: "batch"},
+        "present_0_count": {0: "batch"},
+        "logits": {0: "batch"},
+    }
+    kinds = ("value", "count", "odd")
+    sources = {f"past_0_{kind}": Source(kind="state", name=f"0.{kind}") for kind in kinds}
+    return Component(
+        name="decode",
+        roles=("language_model", "lm_head", "decode"),
+        module=Appending().eval(),
+        sample={
+            "input_ids": torch.arange(6).reshape(2, 3),
+            "past_0_value": torch.zeros(2, 5, 4),
+            "past_0_count": torch.zeros(2, 1, dtype=torch.long),
+            "past_0_odd": torch.zeros(2, 5, dtype=torch.bool),
+        },
+        axes=axes,
+        sources={"input_ids": Source(kind="tokens"), **sources},
+        states={f"present_0_{kind}": f"0.{kind}" for kind in kinds},
+    )
+
+
+def test_a_component_for_one_sequence() -> None:
+    single = one_sequence(appending())
+    assert {name: tuple(tensor.shape) for name, tensor in single.sample.items()} == {
+        "input_ids": (1, 3), "past_0_value": (1, 5, 4), "past_0_count": (1, 1), "past_0_odd": (1, 5)
+    }  # fmt: skip
+    assert single.axes["past_0_value"] == {1: "past"} and single.axes["logits"] == {}
+
+
+def test_every_axis_has_a_largest_size() -> None:
+    """What counts tokens is bounded by the capacity; frames that were more than that by a multiple."""
+    sizes = largest_sizes([one_sequence(appending())], CAPACITY)
+    assert sizes == {"sequence": CAPACITY, "past": CAPACITY, "total": CAPACITY}
+    frames = Component(
+        name="encoder", roles=("encoder",), module=torch.nn.Identity(), sample={"x": torch.zeros(1, 100)},
+        axes={"x": {1: "x_1"}}, sources={},
+    )  # fmt: skip
+    assert largest_sizes([frames], CAPACITY)["x_1"] == 400
+
+
+@pytest.mark.slow
+def test_state_in_and_out(tmp_path: Path) -> None:
+    """From an empty past, in any dtype; what a call returned is not overwritten by the next."""
+    component = appending()
+    exported = export_explicit([component], CAPACITY, tmp_path / "model.pte", lambda _: None)
+    manifest = Manifest(
+        format=FORMAT, version=FORMAT_VERSION, backend="xnnpack", generation=Generation(), state=exported.state,
+        model=Model(architecture="", name="", parameters=0, weight_bytes=0), programs=exported.programs,
+        flow=Flow(prompt=(Route(programs=("decode",)),), step=("decode",), batch=1),
+        files={"model.pte": File(size=1, sha256="0" * 64)},
+    )  # fmt: skip
+    backend = open_backend(Bundle(path=tmp_path, manifest=manifest), device=None, threads=None)
+    state, program = State(exported.state, 1), backend.program("decode")
+    outputs = []
+    for ids in ([[3, 4, 5]], [[6]], [[7, 9]]):
+        inputs = {f"past_{name.replace('.', '_')}": tensor for name, tensor in state.tensors.items()}
+        found = program({"input_ids": np.array(ids), **inputs})
+        outputs.append(found)
+        state.update(found, {f"present_0_{kind}": f"0.{kind}" for kind in ("value", "count", "odd")}, len(ids[0]))
+    assert [backend.to_numpy(item["present_0_count"]).item() for item in outputs] == [3, 4, 6]
+    assert [backend.to_numpy(item["present_0_value"])[0, :, 0].tolist() for item in outputs] == [
+        [3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6, 7, 9]
+    ]  # fmt: skip
+    assert backend.to_numpy(outputs[-1]["present_0_odd"])[0].tolist() == [True, False, True, False, True, True]
+    values = torch.from_numpy(backend.to_numpy(state.tensors["0.value"]))
+    with torch.no_grad():
+        expected = component.module.get_submodule("head")(values.sum(1, keepdim=True))
+    np.testing.assert_allclose(backend.to_numpy(outputs[-1]["logits"]), expected.numpy(), rtol=1e-5, atol=1e-5)
