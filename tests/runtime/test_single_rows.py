@@ -18,6 +18,12 @@ def test_padding_is_taken_off():
     assert second["attention_mask"].tolist() == [[1, 1, 1, 1]]
 
 
+def test_padding_stays_for_programs_that_mask_it():
+    first, second = single_rows(batch(token_type_ids=np.array([[0, 0, 1, 2], [3, 4, 5, 6]])), padded=True)
+    assert first["input_ids"].tolist() == [[0, 0, 5, 6]] and first["attention_mask"].tolist() == [[0, 0, 1, 1]]
+    assert first["token_type_ids"].tolist() == [[0, 0, 1, 2]] and second["input_ids"].tolist() == [[7, 8, 9, 4]]
+
+
 def test_pictures_are_dealt_out_evenly():
     rows = single_rows(batch(pixel_values=np.arange(4)))
     assert [row["pixel_values"].tolist() for row in rows] == [[0, 1], [2, 3]]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component
 from genbundle.builder.encoder_decoder import encoder_decoder_components
+from genbundle.builder.experts import dense_experts
 from genbundle.builder.exporting import first_line, quiet
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
@@ -237,18 +238,19 @@ def _executorch(
 
     announce("explain")
     assert capacity is not None  # limits_of
-    try:
-        return _stateful(model, captures, capacity, folder, announce)
-    except UnsupportedModelError as error:
-        refusal = error
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        why = f"its code fails with another cache and mask than its own: {type(error).__name__}: {first_line(error)}"
-        refusal = UnsupportedModelError(f"language_model: {why}")
-    try:
-        components, flow, notes = _components(model, captures, capacity, fuse=False)
-        exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
+    with dense_experts(model):
+        try:
+            return _stateful(model, captures, capacity, folder, announce)
+        except UnsupportedModelError as error:
+            refusal = error
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+            why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
+            refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
+        try:
+            components, flow, notes = _components(model, captures, capacity, fuse=False)
+            exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
     note = (
         "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "

@@ -169,19 +169,20 @@ def padding_token(options: GenerationOptions) -> int:
     return options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_ids), 0)
 
 
-def single_rows(inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """A batch as separate unpadded sequences, for programs that take one at a time.
+def single_rows(inputs: dict[str, np.ndarray], *, padded: bool = False) -> list[dict[str, np.ndarray]]:
+    """A batch as separate sequences, for programs that take one at a time; with their padding if `padded`.
 
-    An encoder's tokens keep their padding, which it masks itself. Other inputs are dealt out evenly along their first
+    An encoder's tokens keep theirs, which it masks itself. Other inputs are dealt out evenly along their first
     axis, packed patches by their patch grids `[pictures, 3]`, of which each sequence has as many; InputError where that
     isn't possible.
     """
-    ids, mask = token_ids(inputs), token_mask(inputs).astype(bool)
+    ids, given = token_ids(inputs), token_mask(inputs)
+    mask = np.ones_like(given, dtype=bool) if padded else given.astype(bool)
     names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
     grids = [array for array in inputs.values() if array.ndim == 2 and array.shape[1] == 3 and array.dtype.kind in "iu"]
     rows = []
     for row in range(len(ids)):
-        of_tokens = (ids[row, mask[row]][None], np.ones((1, mask[row].sum()), np.int64))
+        of_tokens = (ids[row, mask[row]][None], given[row, mask[row]][None].astype(np.int64))
         single: dict[str, np.ndarray] = dict(zip(names, of_tokens, strict=False))
         for name, array in inputs.items():
             if name in single:
@@ -223,7 +224,7 @@ def collect(
     fewest = max(options.min_new_tokens, options.min_length - length)
     options = replace(options, max_new_tokens=options.new_tokens(length), min_new_tokens=fewest, min_length=0)
     runs = []
-    for row, single in enumerate(single_rows(inputs)):
+    for row, single in enumerate(single_rows(inputs, padded=wiring.takes_padding(inputs))):
         own = Clock()
         row_stop = None if stop is None else (lambda _, token, row=row: stop(row, token))
         each = steps(wiring, single, options, stop=row_stop, clock=own, first_row=row)

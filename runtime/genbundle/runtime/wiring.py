@@ -81,6 +81,12 @@ class Wiring:
         route = self._route(inputs)
         return not route.one_by_one or route.padded or bool(inputs["attention_mask"].all())
 
+    def takes_padding(self, inputs: dict[str, np.ndarray]) -> bool:
+        """Whether the programs take sequences with padding: what eager gives may depend on it."""
+        route = self._route(inputs)
+        read = (item for name in route.programs for item in self._entries[name].inputs)
+        return not route.one_by_one and any(item.source.kind == "mask" for item in read)
+
     def _begin(self, inputs: dict[str, np.ndarray], route: Route) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
         state = State(self.manifest.state, len(ids))
