@@ -1,5 +1,7 @@
 """Experts that all compute every token, against transformers' own."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
@@ -7,7 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from genbundle.builder.experts import dense_experts
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 50,
 }  # fmt: skip
