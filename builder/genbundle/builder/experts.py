@@ -13,7 +13,7 @@ _NAME = "genbundle_dense"
 @contextmanager
 def dense_experts(model: torch.nn.Module) -> Iterator[None]:
     """While open, `model`'s experts run through `every_expert`; those outside transformers' registry as they are."""
-    configs = {
+    configs: dict[int, Any] = {
         id(module.config): module.config
         for module in model.modules()
         if hasattr(module, "_apply_gate") and hasattr(module, "has_post_expert_norm")
