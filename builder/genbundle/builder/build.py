@@ -31,6 +31,7 @@ from genbundle.builder.samples import (
     as_inputs,
     from_processor,
     make_samples,
+    padded_single,
 )
 from genbundle.builder.turns import turn_components
 from genbundle.builder.verify import GOLDEN_LOGITS, record
@@ -40,6 +41,7 @@ from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Flow, I
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
 from genbundle.runtime import load_bundle
+from genbundle.runtime.inputs import TEXT_INPUTS
 from genbundle.runtime.verify import replay
 
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32",), "xnnpack": ("fp32",), "torch": ("fp32",)}
@@ -247,7 +249,7 @@ def _executorch(
             why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
             refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
         try:
-            components, flow, notes = _components(model, captures, capacity, fuse=False)
+            components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
             exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
@@ -257,6 +259,15 @@ def _executorch(
         f"it can't be kept inside the program ({refusal})"
     )
     return replace(exported, notes=(note, *exported.notes))
+
+
+def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Capture]:
+    """`captures` with one sequence first, for programs of one sequence with content (pictures) in it."""
+    sample = captures[-1].inputs
+    content = [name for name in sample if name not in TEXT_INPUTS]
+    if model.config.is_encoder_decoder or not content or len(sample["input_ids"]) != 1:
+        return captures
+    return [*capture_calls(model, [padded_single(model, sample)]), *captures]
 
 
 def _stateful(

@@ -277,6 +277,22 @@ def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
     return joined
 
 
+def padded_single(model: PreTrainedModel, single: Inputs) -> Inputs:
+    """One sequence as a sample to trace programs for one sequence from: padded, with its content twice if it may be.
+
+    What there is one of would be taken for a constant, and generate drops a mask of ones.
+    """
+    twice = _one_after_another(single, single)
+    sample = single if twice is None or not _generates(model, twice) else twice
+    pad, ids = padding_token(model), sample["input_ids"]
+    return {
+        name: torch.nn.functional.pad(tensor, (2, 0), value=pad if name == "input_ids" else 0)
+        if tensor.shape == ids.shape
+        else tensor
+        for name, tensor in sample.items()
+    }
+
+
 def _generates(model: PreTrainedModel, inputs: Inputs) -> bool:
     """Whether eager generation takes these inputs."""
     generate: Any = model.generate

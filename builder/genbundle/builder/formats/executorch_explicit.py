@@ -57,7 +57,7 @@ def export_explicit(components: Iterable[Component], capacity: int, path: Path, 
 
 
 def one_sequence(component: Component) -> Component:
-    """`component` for one sequence: its batch axes are 1 and no longer dynamic."""
+    """`component` for one sequence: its batch axes are 1, and what its sample has one of is fixed."""
 
     def row(name: str, tensor: torch.Tensor) -> torch.Tensor:
         for axis, symbol in component.axes.get(name, {}).items():
@@ -65,11 +65,17 @@ def one_sequence(component: Component) -> Component:
                 tensor = tensor.narrow(axis, 0, 1)
         return tensor.contiguous()
 
+    sample = {name: row(name, tensor) for name, tensor in component.sample.items()}
+    single = {
+        symbol
+        for name, each in component.axes.items()
+        for axis, symbol in each.items()
+        if name in sample and sample[name].shape[axis] == 1
+    }
     axes = {
-        name: {axis: symbol for axis, symbol in each.items() if symbol != "batch"}
+        name: {axis: symbol for axis, symbol in each.items() if symbol not in {"batch", *single}}
         for name, each in component.axes.items()
     }
-    sample = {name: row(name, tensor) for name, tensor in component.sample.items()}
     return replace(component, sample=sample, axes=axes)
 
 

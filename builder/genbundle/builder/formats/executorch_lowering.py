@@ -18,14 +18,22 @@ from executorch.backends.xnnpack.partition.config import (
 )
 from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
+from executorch.runtime import Runtime
 
+from genbundle.builder.passes.missing_kernels import replace_missing_kernels
 from genbundle.builder.stateful import StatefulDecoder
 from genbundle.builder.stateful_encoder import PictureEncoder
 from genbundle.bundles import UnsupportedModelError
@@ -84,6 +92,7 @@ def lower_programs(
     partitioner: says which parts XNNPACK gets.
     """
     configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
+    programs = {name: replace_missing_kernels(program) for name, program in programs.items()}
     try:
         with _uncopied(programs.values()):
             edge = to_edge_transform_and_lower(
@@ -104,10 +113,24 @@ def lower_programs(
             f"ExecuTorch can't lower the methods {', '.join(programs)}: {_first_line(error)}: build for another "
             "backend, for instance cpu"
         ) from error
+    _expect_kernels(program)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         program.write_to_file(file)
     _release(edge)
+
+
+def _expect_kernels(program: ExecutorchProgramManager) -> None:
+    """UnsupportedModelError, naming the method, for operators that the ExecuTorch installed here has no kernels for."""
+    known = set(Runtime.get().operator_registry.operator_names)
+    for plan in program.executorch_program.execution_plan:
+        names = {f"{item.name}.{item.overload}" if item.overload else item.name for item in plan.operators}
+        missing = sorted(names - known)
+        if missing:
+            raise UnsupportedModelError(
+                f"{plan.name}: ExecuTorch has no kernel for {', '.join(missing)}: build for another backend, for "
+                "instance cpu"
+            )
 
 
 def _export(name: str, method: Any) -> torch.export.ExportedProgram:

@@ -1,0 +1,46 @@
+"""Pass: operators that ExecuTorch has no kernel for, in terms of those that it has."""
+
+import math
+from typing import Any
+
+import torch
+
+
+def erfinv(values: torch.Tensor) -> torch.Tensor:
+    """The inverse error function: Giles' approximation for single precision, then two of Newton's steps.
+
+    M. Giles, "Approximating the erfinv function", GPU Computing Gems (2012).
+    """
+    slope = -torch.log((1.0 - values) * (1.0 + values))
+    centre, tail = slope - 2.5, torch.sqrt(slope.clamp(min=5.0)) - 3.0
+    result = torch.where(slope < 5.0, _polynomial(_CENTRE, centre), _polynomial(_TAIL, tail)) * values
+    for _ in range(2):
+        result = result - (torch.erf(result) - values) * (0.5 * math.sqrt(math.pi)) * torch.exp(result * result)
+    return result
+
+
+def _polynomial(coefficients: tuple[float, ...], at: torch.Tensor) -> torch.Tensor:
+    total = torch.full_like(at, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * at + coefficient
+    return total
+
+
+_CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
+           -0.00417768164, 0.246640727, 1.50140941)  # fmt: skip
+_TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613, 0.00943887047,
+         1.00167406, 2.83297682)  # fmt: skip
+
+
+def sort(values: torch.Tensor, dim: int = -1, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorting as picking all of them in order; like sort's, the order of equal values is not promised."""
+    return torch.topk(values, values.shape[dim], dim, descending, True)
+
+
+DECOMPOSITIONS: dict[Any, Any] = {torch.ops.aten.erfinv.default: erfinv, torch.ops.aten.sort.default: sort}
+
+
+def replace_missing_kernels(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """`program` with the operators of `DECOMPOSITIONS` replaced; itself where it has none of them."""
+    used = {node.target for node in program.graph.nodes} & DECOMPOSITIONS.keys()
+    return program.run_decompositions({operator: DECOMPOSITIONS[operator] for operator in used}) if used else program
