@@ -4,6 +4,7 @@ import json
 import random
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,50 @@ HOSTILE = [
     "{{ messages[0]['role'] + 1 }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]
+
+
+GREEDY = [
+    "{{ 'a' * (10 ** 8) }}",
+    "{{ (10 ** 8) * 'a' }}",
+    "{{ [1] * (10 ** 9) }}",
+    "{{ 10 ** (10 ** 7) % 3 }}",
+    "{{ '%0200000000d' % 1 }}",
+    "{{ '%.200000000f' % 1 }}",
+    "{{ '%*d' % (200000000, 1) }}",
+    "{{ '%(a)200000000s' % {'a': 1} }}",
+    "{{ '%200000000d'|format(1) }}",
+    "{{ '{:>200000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 200000000) }}",
+    "{{ '{a:{b}}'.format(a=1, b='>200000000') }}",
+    "{{ 'a'.center(10 ** 9) }}",
+    "{{ 'a'.ljust(width=10 ** 9) }}{{ 'a'.zfill(10 ** 9) }}",
+    "{{ 'a'|center(10 ** 9) }}",
+    "{{ 'a\nb'|indent(10 ** 9) }}",
+    "{{ [1]|batch(10 ** 9, 0)|list }}",
+    "{{ [1]|tojson(indent=10 ** 9) }}",
+    "{{ lipsum(n=10000) }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% for i in range(9000) %}{% for j in range(9000) %}aaaaaaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", GREEDY)
+def test_templates_that_would_take_gigabytes(tmp_path, template):
+    ours, _ = _with_template(tmp_path, template)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="chat template"):
+        ours.apply_chat_template(CHATS[0])
+    assert tracemalloc.get_traced_memory()[1] < 300_000_000
+    tracemalloc.stop()
+
+
+def test_templates_may_still_format(tmp_path):
+    template = (
+        "{{ '%s: %05d' % ('a', 7) }} {{ '{:>3}|{}'.format(1, 123456789) }} {{ '=' * 10 }} {{ 2 ** 10 }} {{ 7 % 4 }} "
+        "{{ [1] + [2] }} {{ 'x'|center(3) }} {{ 10 ** 12 }} {{ '%s'|format(123456789012) }} {{ 'a' ~ 10 ** 9 }}"
+    )
+    ours, theirs = _with_template(tmp_path, template)
+    assert ours.apply_chat_template(CHATS[0]) == theirs.apply_chat_template(CHATS[0], tokenize=False)
 
 
 @pytest.mark.parametrize("template", HOSTILE)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, InputError
 from genbundle.bundles.manifest import Text
+from genbundle.runtime.templates import compile_template, describe, render
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -114,7 +113,7 @@ class TextProcessor:
                 source = self._template_path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise BundleError(f"{self._template_path}: can't be read: {error}") from error
-            self._template = _compile(source)
+            self._template = compile_template(source)
         variables = {**self.description.special_tokens, **variables, "add_generation_prompt": add_generation_prompt}
         return _render(self._template, messages, variables)
 
@@ -209,75 +208,9 @@ def _render(template: Template, messages: Sequence[Mapping[str, Any]], variables
     chat = [_with_reasoning(_with_image_parts(message)) for message in chat]
     values = {"tools": None, "documents": None, **variables, "messages": chat}
     try:
-        return template.render({name: _plain(value) for name, value in values.items()})
+        return render(template, {name: _plain(value) for name, value in values.items()})
     except Exception as error:  # whatever a template does wrong surfaces as any exception at all
-        raise InputError(f"the model's chat template fails on these messages: {_describe(error)}") from error
-
-
-def _compile(source: str) -> Template:
-    """The template in an environment that gives it what transformers gives it, and nothing more."""
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """`{% generation %}` marks the assistant's words for training; here it renders what it encloses."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it a plain set)
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Without underscored names, which lead to Python's internals."""
-
-        def __init__(*args, **kwargs):
-            # `namespace(self=...)` is legal in a template, so this takes no named parameter.
-            self, attributes = args[0], dict(*args[1:], **kwargs)
-            for name in attributes:
-                _check_name(name)
-            jinja2.utils.Namespace.__init__(self, attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
-
-    class Dict:
-        """`dict(...)` without the type object."""
-
-        def __call__(self, *args, **kwargs) -> dict:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args) -> dict:
-            return dict.fromkeys(*args)
-
-    def _check_name(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace can't hold the underscored name {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        "dict": Dict(),
-        "namespace": Namespace,
-    }
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # a syntax error, or one in what the compiler folds
-        raise InputError(f"the model's chat template can't be compiled: {_describe(error)}") from error
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja2's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        raise InputError(f"the model's chat template fails on these messages: {describe(error)}") from error
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -313,8 +246,3 @@ def _with_image_parts(message: dict[str, Any]) -> dict[str, Any]:
         {"type": "image"} if isinstance(part, Mapping) and part.get("type") == "image_url" else part for part in content
     ]
     return {**message, "content": parts}
-
-
-def _describe(error: Exception) -> str:
-    line = getattr(error, "lineno", None)
-    return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")

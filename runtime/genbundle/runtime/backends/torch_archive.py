@@ -133,7 +133,7 @@ def _only_computes(target: str, torch: Any) -> bool:
     match = _ATEN.fullmatch(target)
     if match is None:
         return False
-    operator = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
+    operator: Any = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
     if not isinstance(operator, torch._ops.OpOverload):
         return False
     for argument in operator._schema.arguments:
