@@ -7,6 +7,7 @@ from tests.bundles.samples import manifest
 from genbundle.bundles import InputError
 from genbundle.runtime.inputs import complete_inputs
 from genbundle.runtime.model import _variables
+from genbundle.runtime.wiring import _check_grids
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ def test_inputs_that_are_none(inputs, words):
 def test_inputs_as_they_come():
     for ids in ([[1, 2]], ((1, 2),), np.array([[1, 2]], np.int32)):
         assert complete_inputs({"input_ids": ids}, manifest())["input_ids"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("grid", [[1, 10**6, 10**6], [2**31, 2**31, 2**31], [-1, 10**6, -(10**6)], [1, 5, 5]])
+def test_grids_of_more_patches_than_there_are(grid):
+    inputs = {"pixels": np.zeros((4, 6), np.float32), "grids": np.array([[1, 2, 2], grid])}
+    with pytest.raises(InputError, match=r"grids: grids of \d+ patches, and the largest input has 24 numbers"):
+        _check_grids(inputs, ["grids", "absent"])
+    _check_grids({**inputs, "grids": np.array([[1, 2, 2]])}, ["grids", "pixels"])
 
 
 @pytest.mark.parametrize("given", [{1: 2}, {"messages": []}, [1], "x"])

@@ -52,8 +52,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
     origin = get_origin(kind)
-    if type(value) is int:
-        _expect_64_bits(value, path)
+    _expect_64_bits(value, path)
     if kind is Any:
         return value
     if origin is Literal:
@@ -103,8 +102,8 @@ def _decode_object(cls: type, value: Any, path: str) -> Any:
     return cls(**found)
 
 
-def _expect_64_bits(value: int, path: str) -> None:
-    if value.bit_length() > 63:
+def _expect_64_bits(value: Any, path: str) -> None:
+    if isinstance(value, int) and value.bit_length() > 63:
         raise BundleError(f"Expected a number of 64 bits, got one of {value.bit_length()} - at `{path}`")
 
 

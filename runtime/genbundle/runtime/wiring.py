@@ -1,6 +1,7 @@
 """Feeds every program from generation inputs, earlier programs, position rules and state, as the manifest says."""
 
 import json
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -190,6 +191,19 @@ def _key(source: Source) -> str:
     return f"{source.rule} {json.dumps(source.options, sort_keys=True)}"
 
 
+def _check_grids(inputs: Mapping[str, np.ndarray], names: Iterable[str]) -> None:
+    """InputError for patch grids [n, 3] of more patches than any input has numbers, before a rule makes tables of
+    them."""
+    for name in names:
+        grids = inputs.get(name)
+        if grids is None or grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
+            continue
+        patches = sum(abs(math.prod(grid)) for grid in grids.tolist())
+        largest = max(array.size for array in inputs.values())
+        if patches > largest:
+            raise InputError(f"{name}: grids of {patches} patches, and the largest input has {largest} numbers")
+
+
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """InputError for arrays that a numpy rule can't work with: of another rank or size, or grids that don't add up."""
@@ -270,6 +284,7 @@ class _Call:
         rule, key = source.rule or "", _key(source)
         if key not in self.positions:
             if self.first:
+                _check_grids(self.inputs, POSITION_INPUTS.get(rule, ()))
                 with _refusing(f"position ids ({rule})"):
                     self.positions[key] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
             else:
@@ -283,6 +298,7 @@ class _Call:
             missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
             if missing:
                 raise InputError(f"the prompt needs the input {missing[0]!r}, which was not given")
+            _check_grids(self.inputs, source.options.get("inputs", ()))
             with _refusing(f"the program's inputs ({rule})"):
                 self.prepared[key] = PREPARERS[rule](self.inputs, source.options)
         return self.prepared[key]
