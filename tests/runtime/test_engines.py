@@ -159,6 +159,13 @@ def test_a_prompt_without_tokenizer_or_template(bundle):
         model.generate("Hello")
 
 
+def test_words_that_steer_a_terminal_are_shown_as_what_they_are(bundle):
+    name = "\x1b]0;owned\x07\x1b[31mred\u202e"
+    shown = as_text(bundle(notes=(f"note {name}",), model=replace(manifest().model, name=name)))
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert shown.count(r"\x1b]0;owned\x07\x1b[31mred\u202e") == 2
+
+
 def test_programs_without_inputs_and_outputs_are_shown(bundle):
     assert "decode  [merge" in as_text(bundle(programs=(replace(manifest().programs[0], inputs=(), outputs=()),)))
 

@@ -93,7 +93,6 @@ def describe_text(processor: Any, directory: Path) -> Text:
         chat_template=None if template is None else "chat_template.jinja",
         special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         padding_token_id=tokenizer.pad_token_id,
-        token_type_ids=_gives_token_types(processor, tokenizer),
     )
     _verify_text(tokenizer, TextProcessor.from_files(text, directory), list(text.special_tokens.values()))
     return text
@@ -158,20 +157,6 @@ def _chat_template(owner: Any) -> str | None:
     if isinstance(template, Mapping):
         template = template.get("default")
     return template or None
-
-
-def _gives_token_types(processor: Any, tokenizer: Any) -> bool:
-    """Whether the model's inputs hold token types, all 0 for a prompt."""
-    output: Mapping[str, Any] = {}
-    if getattr(processor, "image_processor", None) is not None:
-        for placeholder in _placeholder_candidates(processor, None):
-            try:
-                output = processor(text=[placeholder], images=[probe_picture(40, 30)])
-            except Exception:  # a processor refuses what isn't its placeholder in whatever way it likes
-                continue
-            break
-    output = output or tokenizer("red")
-    return "token_type_ids" in output and not np.any(np.asarray(output["token_type_ids"]))
 
 
 def _verify_text(tokenizer: Any, ours: TextProcessor, special_tokens: Sequence[str]) -> None:

@@ -178,7 +178,6 @@ class Text:
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     padding_token_id: int | None = None
-    token_type_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,12 @@ def as_text(bundle: Bundle) -> str:
     for program in manifest.programs:
         parts += ["", *_program(program, manifest)]
     parts += ["", "How they feed one another", "", draw(manifest, _WIDTH)]
-    return "\n".join(parts)
+    return "\n".join(_printable(line) for part in parts for line in part.split("\n"))
+
+
+def _printable(line: str) -> str:
+    """A stranger's names and notes without characters that steer a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def megabytes(size: int) -> str:

@@ -1,6 +1,5 @@
-"""Generation state: what is carried from call to call, driven by the manifest. It can be cut and copied."""
+"""Generation state: what is carried from call to call, driven by the manifest."""
 
-import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,8 +12,7 @@ from genbundle.runtime.program import Tensor
 class State:
     """The state of `batch` sequences: tensors by name, and how many tokens they have seen.
 
-    Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand, so that
-    a rewind is a smaller `length`.
+    Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand.
     """
 
     def __init__(self, entries: tuple[StateEntry, ...], batch: int):
@@ -22,17 +20,10 @@ class State:
         self.length = 0
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
-    def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str], new_tokens: int) -> None:
-        """Take the outputs that replace state entries (`names`: output -> entry) after a call with `new_tokens`."""
+    def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        """Take the outputs that replace state entries (`names`: output -> entry)."""
         for output, entry in names.items():
             self.tensors[entry] = outputs[output]
-        self.length += new_tokens
-
-    def copy(self) -> "State":
-        """A state that goes its own way; the tensors are shared, since programs never write into their inputs."""
-        twin = copy.copy(self)
-        twin.tensors = dict(self.tensors)
-        return twin
 
 
 def _empty(entry: StateEntry, batch: int) -> np.ndarray:

@@ -89,10 +89,6 @@ class TextProcessor:
         except Exception as error:  # tokenizers raises nothing more specific
             raise InputError(f"the model's tokenizer can't decode the tokens {list(ids)!r:.200}: {error}") from error
 
-    def token_id(self, token: str) -> int | None:
-        """The id of one token by its exact spelling, None if there is no such token."""
-        return self._tokenizer.token_to_id(token)
-
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
@@ -126,10 +122,8 @@ class StreamDecoder:
     half a character waits. The window is a few tokens long, whatever the length of the sequence.
     """
 
-    def __init__(self, processor: TextProcessor, *, skip_special_tokens: bool = True):
+    def __init__(self, processor: TextProcessor):
         self._processor = processor
-        self._skipped = processor.special_ids if skip_special_tokens else frozenset()
-        self._skip_special_tokens = skip_special_tokens
         # The window: tokens whose text is out (kept as context), and tokens whose text isn't.
         self._known: list[int] = []
         self._known_text = ""
@@ -137,10 +131,10 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` makes certain, "" while a character is incomplete."""
-        if token_id in self._skipped:
+        if token_id in self._processor.special_ids:
             return ""
         self._waiting.append(int(token_id))
-        text = self._decode(self._known + self._waiting)
+        text = self._processor.decode(self._known + self._waiting)
         if len(self._waiting) > _LONGEST_WAIT:
             # Bytes that never become a character; the last three may still begin one.
             return self._emit(len(self._waiting) - 3)
@@ -155,13 +149,10 @@ class StreamDecoder:
     def _emit(self, count: int, text: str | None = None) -> str:
         """Give out the text of the first `count` waiting tokens; they are the next token's context."""
         known, self._waiting = self._waiting[:count], self._waiting[count:]
-        text = self._decode(self._known + known) if text is None else text
+        text = self._processor.decode(self._known + known) if text is None else text
         emitted = text[len(self._known_text) :]
-        self._known, self._known_text = known, self._decode(known)
+        self._known, self._known_text = known, self._processor.decode(known)
         return emitted
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
 class StopStrings:

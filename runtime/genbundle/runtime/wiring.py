@@ -236,7 +236,7 @@ class _Call:
                 self._check_placeholders(entry, outputs)
             replaced = self.wiring.state_outputs(name)
             if replaced:
-                state.update(outputs, replaced, 0)
+                state.update(outputs, replaced)
         state.length += self.tokens.shape[1]
         self.sequences.positions.update({rule: ids[..., -1:] for rule, ids in self.positions.items()})
         logits = backend.to_numpy(self.values["logits"])
