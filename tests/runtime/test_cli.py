@@ -84,6 +84,10 @@ def test_usage_errors(args, message, genbundle):
     assert error_line(genbundle(*args)).replace("No such option: --frob", "No such option '--frob'") == message
 
 
+def test_errors_do_not_steer_the_terminal(genbundle):
+    assert error_line(genbundle("inspect", "/no/\x1b[31mred")) == r"/no/\x1b[31mred: no such bundle directory"
+
+
 def test_without_the_builder(genbundle, monkeypatch):
     class Missing:
         name = "build"

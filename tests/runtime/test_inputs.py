@@ -7,6 +7,7 @@ from tests.bundles.samples import manifest
 from genbundle.bundles import InputError
 from genbundle.runtime.inputs import complete_inputs
 from genbundle.runtime.model import _variables
+from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.wiring import _check_grids
 
 
@@ -25,12 +26,12 @@ from genbundle.runtime.wiring import _check_grids
 )
 def test_inputs_that_are_none(inputs, words):
     with pytest.raises(InputError, match=words):
-        complete_inputs(inputs, manifest())
+        complete_inputs(inputs, manifest(), GenerationOptions())
 
 
 def test_inputs_as_they_come():
     for ids in ([[1, 2]], ((1, 2),), np.array([[1, 2]], np.int32)):
-        assert complete_inputs({"input_ids": ids}, manifest())["input_ids"].tolist() == [[1, 2]]
+        assert complete_inputs({"input_ids": ids}, manifest(), GenerationOptions())["input_ids"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("grid", [[1, 10**6, 10**6], [2**31, 2**31, 2**31], [-1, 10**6, -(10**6)], [1, 5, 5]])

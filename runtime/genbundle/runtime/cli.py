@@ -335,7 +335,9 @@ def invoke(args: Sequence[str]) -> int:
 
 def fail(message: str) -> int:
     """Say what is wrong in one line; exit code 2."""
-    click.echo(f"genbundle: error: {' '.join(message.split())}", err=True)
+    from genbundle.runtime.inspection import printable
+
+    click.echo(f"genbundle: error: {printable(' '.join(message.split()))}", err=True)
     return 2
 
 

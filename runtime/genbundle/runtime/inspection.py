@@ -28,10 +28,10 @@ def as_text(bundle: Bundle) -> str:
     for program in manifest.programs:
         parts += ["", *_program(program, manifest)]
     parts += ["", "How they feed one another", "", draw(manifest, _WIDTH)]
-    return "\n".join(_printable(line) for part in parts for line in part.split("\n"))
+    return "\n".join(printable(line) for part in parts for line in part.split("\n"))
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """A stranger's names and notes without characters that steer a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
