@@ -137,7 +137,9 @@ def image_token(captures: list[Capture]) -> int | None:
         return None
     counts = []
     for output in outputs:
-        pieces = output.pooler_output if isinstance(output.pooler_output, list | tuple) else [output.pooler_output]
+        pooled = getattr(output, "pooler_output", None)
+        found = output.last_hidden_state if pooled is None else pooled
+        pieces = found if isinstance(found, list | tuple) else [found]
         counts.append(sum(piece.shape[:-1].numel() for piece in pieces))
     return placeholder_token(captures, counts)
 
