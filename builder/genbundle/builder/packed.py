@@ -171,7 +171,7 @@ def in_pieces(component: Component) -> Component:
     if OFFSETS not in component.sample:
         return _picture_by_picture(replace(component, guides={}))
     divided = _divided(component)
-    if divided is not None and not _steering(component):
+    if divided is not None and not steering(component):
         return _frames(component, OneFrame(component).eval(), divided, {})
     packed = all_frames(component)
     if not _reads_numbers(packed):
@@ -201,7 +201,7 @@ def _divided(component: Component) -> list[str] | None:
     return None if blocked or any(component.sample[name].shape[0] != total for name in rest) else rest
 
 
-def _steering(component: Component) -> bool:
+def steering(component: Component) -> bool:
     """Whether other grids than the true ones, beside what follows from the true ones, change anything."""
     wrong = {name: value * 2 + 2 if _steers(name, component) else value for name, value in component.sample.items()}
     try:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.components import Component
 from genbundle.builder.encoders import candidate_features, encoder_component
 from genbundle.builder.image_text import placeholder_token
+from genbundle.builder.packed import steering
 from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import instead_of
 from genbundle.builder.stateful_attention import stateful_attention
@@ -137,6 +138,12 @@ class PictureEncoder(torch.nn.Module):
         return tensor.shape[0] == rows and (self.packed or tensor.dim() == 4)
 
     def _check(self) -> None:
+        rest = [name for name in self.component.sample if name not in (*self.names, _OFFSETS)]
+        if self.packed and (steering(self.component) or any(self.component.sources[n].kind != "user" for n in rest)):
+            raise UnsupportedModelError(
+                f"{self.component.name}: its inputs {', '.join(rest)} steer it beside a frame's patches, which the "
+                "xnnpack backend can't pass on: build for another backend, for instance cpu"
+            )
         for name, tensor in self.component.sample.items():
             # What the patch grid steers in Python has become the packed inputs.
             if name not in self.names and not self.packed:
