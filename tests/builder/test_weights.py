@@ -35,6 +35,15 @@ def test_pool_writes_the_same_bytes_again(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_pool_keeps_a_number_without_axes(tmp_path):
+    pool, number = WeightPool(), torch.tensor(7)
+    assert pool.add("number", number) != pool.add("list", number[None])
+    pool.write(tmp_path / "weights.safetensors")
+    stored = load_file(tmp_path / "weights.safetensors")
+    assert {name: array.shape for name, array in stored.items()} == {"number": (), "list": (1,)}
+    assert stored["number"] == 7
+
+
 def _tied_model() -> tuple[ir.Model, np.ndarray]:
     table = np.random.default_rng(0).standard_normal((50, 16), np.float32)
     ids = ir.val("ids", dtype=ir.DataType.INT64, shape=[3])

@@ -53,7 +53,8 @@ class WholeEncoder(torch.nn.Module):
             found.append(original(*args, **kwargs))
             return found[0]
 
-        start = next(iter(inputs.values())).new_ones(len(next(iter(inputs.values()))), 1, dtype=torch.long)
+        first = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
+        start = first.new_ones(first.shape[0], 1, dtype=torch.long)
         with forward_of(self._encoder[0], record):
             self.model(**inputs, decoder_input_ids=start, use_cache=False)
         return _fields(found[0])
@@ -149,12 +150,18 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component
         raise UnsupportedModelError("encoder: it is given other inputs from run to run")
     sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
     known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
+    # Behind a merge pictures are counted apart from sequences, though each captured sequence has one.
+    apart = {key for key in sources if unexplained and samples[0][key].is_floating_point()}
+    axes = {
+        **name_axes([{k: v for k, v in sample.items() if k not in apart} for sample in samples], known),
+        **name_axes([{k: v for k, v in sample.items() if k in apart} for sample in samples]),
+    }
     component = Component(
         name="encoder",
         roles=("encoder",),
         module=module,
         sample=samples[0],
-        axes={**name_axes(samples, known), **name_axes(results, known)},
+        axes={**axes, **name_axes(results, known)},
         sources=sources,
         states={key: key for key in results[0]},
     )

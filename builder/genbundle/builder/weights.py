@@ -40,9 +40,9 @@ class WeightPool:
 
     def add(self, name: str, tensor: Any) -> str:
         """Take a tensor (anything with `numpy()`, `shape` and `dtype`) and return the key of its content."""
-        array = np.ascontiguousarray(tensor.numpy())
+        array = np.asarray(tensor.numpy(), order="C")  # ascontiguousarray would give a number an axis
         digest = hashlib.sha256(repr((array.dtype.name, array.shape)).encode())
-        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
         key = digest.hexdigest()
         if key not in self._tensors:
             taken = set(self._names.values())
@@ -78,4 +78,4 @@ class WeightPool:
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         for key, tensor in self._tensors.items():
-            yield key, np.ascontiguousarray(tensor.numpy())
+            yield key, np.asarray(tensor.numpy(), order="C")
