@@ -14,6 +14,9 @@ CASES = [
     ("Lfm2ForCausalLM", "torch"),
     ("MambaForCausalLM", "torch"),
     ("DeepseekV32ForCausalLM", "torch"),
+    # State in and out of a .pte: a fixed size, and an encoder's.
+    ("MambaForCausalLM", "xnnpack"),
+    ("MarianMTModel", "xnnpack"),
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

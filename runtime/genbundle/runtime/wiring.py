@@ -85,8 +85,9 @@ class Wiring:
     def takes_padding(self, inputs: dict[str, np.ndarray]) -> bool:
         """Whether the programs take sequences with padding: what eager gives may depend on it."""
         route = self._route(inputs)
-        read = (item for name in route.programs for item in self._entries[name].inputs)
-        return not route.one_by_one and any(item.source.kind == "mask" for item in read)
+        if route.one_by_one:
+            return route.padded
+        return any(item.source.kind == "mask" for name in route.programs for item in self._entries[name].inputs)
 
     def _begin(self, inputs: dict[str, np.ndarray], route: Route) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
