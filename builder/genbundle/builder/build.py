@@ -6,43 +6,25 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component
-from genbundle.builder.encoder_decoder import encoder_decoder_components
-from genbundle.builder.experts import dense_experts
-from genbundle.builder.exporting import first_line, quiet
-from genbundle.builder.formats import Exported
-from genbundle.builder.formats.onnx import export_onnx
-from genbundle.builder.fused import decoder_components
+from genbundle.builder.backends import EXPORTERS
+from genbundle.builder.exporting import first_line
 from genbundle.builder.image_text import image_token
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, load
-from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
-from genbundle.builder.samples import (
-    Samples,
-    as_inputs,
-    from_processor,
-    make_samples,
-    padded_single,
-)
-from genbundle.builder.turns import turn_components
-from genbundle.builder.verify import GOLDEN_LOGITS, record
-from genbundle.bundles import BuildError, Bundle, EngineError, UnsupportedModelError, VerificationError
-from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
-from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Flow, Images, Manifest, Verification
+from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
+from genbundle.builder.verify import record, verify_staged
+from genbundle.bundles import BuildError, Bundle
+from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
-from genbundle.bundles.writer import BundleWriter, check_target, new_bundle
-from genbundle.runtime import load_bundle
-from genbundle.runtime.inputs import TEXT_INPUTS
-from genbundle.runtime.verify import replay
+from genbundle.bundles.writer import check_target, new_bundle
 
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32",), "xnnpack": ("fp32",), "torch": ("fp32",)}
 
@@ -112,7 +94,7 @@ def build_bundle(
             gc.collect()
             if settings.verify:
                 announce("verify")
-                manifest = _verify(cases, limits, manifest, writer)
+                manifest = verify_staged(cases, limits, manifest, writer)
             announce("publish")
             return writer.commit(manifest)
 
@@ -147,7 +129,7 @@ def _export(
     generation = describe_generation(model)
     announce("capture")
     captures = capture_calls(model, samples.capture)
-    exported = _FORMATS[settings.backend](model, captures, limits.capacity, folder, announce)
+    exported = EXPORTERS[settings.backend](model, captures, limits.capacity, folder, announce)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
@@ -181,170 +163,6 @@ def _export(
         notes=exported.notes,
         packages=_packages(settings.backend),
         settings=asdict(settings),
-    )
-
-
-def _components(
-    model: PreTrainedModel, captures: list[Capture], capacity: int | None, *, fuse: bool
-) -> tuple[list[Component], Flow, tuple[str, ...]]:
-    """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
-    if model.config.is_encoder_decoder:
-        return *encoder_decoder_components(model, captures, capacity), ()
-    try:
-        return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
-    except UnsupportedModelError as error:
-        if any(item.inner is not None or "mm_encoder_outputs" in item.prompt for item in captures):
-            raise
-        components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
-        return components, replace(flow, capacity=capacity), notes
-
-
-def _explicit(
-    format_name: str,
-    model: PreTrainedModel,
-    captures: list[Capture],
-    capacity: int | None,
-    folder: Path,
-    announce: Callable[[str], None],
-) -> Exported:
-    """The backends whose programs take and return their state: ONNX and torch.export."""
-    announce("explain")
-    components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
-    components = [replace(component, longest=capacity) for component in components]
-    if format_name == "torch":
-        from genbundle.builder.formats.torch_export import export_torch
-
-        exported = export_torch(components, folder, announce)
-    else:
-        exported = export_onnx(components, folder, format_name, announce)
-    return _with_flow(exported, flow, notes)
-
-
-def _with_flow(exported: Exported, flow: Flow, notes: tuple[str, ...]) -> Exported:
-    """`exported` called by `flow`, without routes through programs that it doesn't have."""
-    there = {program.name for program in exported.programs}
-    routes = tuple(route for route in flow.prompt if there.issuperset(route.programs))
-    return replace(exported, flow=replace(flow, prompt=routes), notes=(*exported.notes, *notes))
-
-
-def _executorch(
-    model: PreTrainedModel,
-    captures: list[Capture],
-    capacity: int | None,
-    folder: Path,
-    announce: Callable[[str], None],
-) -> Exported:
-    """One .pte for ExecuTorch: with its state inside, or, for a model that can't have that, in and out of it."""
-    from genbundle.builder.formats.executorch import PROGRAM_FILE
-    from genbundle.builder.formats.executorch_explicit import export_explicit
-
-    announce("explain")
-    assert capacity is not None  # limits_of
-    with dense_experts(model):
-        try:
-            return _stateful(model, captures, capacity, folder, announce)
-        except UnsupportedModelError as error:
-            refusal = error
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
-            why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
-            refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
-        try:
-            components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
-            exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
-    exported = _with_flow(exported, replace(flow, batch=1), notes)
-    note = (
-        "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "
-        f"it can't be kept inside the program ({refusal})"
-    )
-    return replace(exported, notes=(note, *exported.notes))
-
-
-def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Capture]:
-    """`captures` with one sequence first, for programs of one sequence with content (pictures) in it."""
-    sample = captures[-1].inputs
-    content = [name for name in sample if name not in TEXT_INPUTS]
-    if model.config.is_encoder_decoder or not content or len(sample["input_ids"]) != 1:
-        return captures
-    return [*capture_calls(model, [padded_single(model, sample)]), *captures]
-
-
-def _stateful(
-    model: PreTrainedModel, captures: list[Capture], capacity: int, folder: Path, announce: Callable[[str], None]
-) -> Exported:
-    """One .pte that keeps its state inside."""
-    from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
-
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{type(model).__name__} has an encoder and a decoder")
-    if captures[0].inner is not None:
-        raise UnsupportedModelError(f"{type(model).__name__}: its generate calls a model inside")
-    plan = make_plan(model, captures)
-    announce("export the methods")
-    return export_executorch(
-        model,
-        max_length=capacity,
-        eos_token_ids=describe_generation(model).eos_token_ids,
-        captures=captures,
-        positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
-        path=folder / PROGRAM_FILE,
-    )
-
-
-_FORMATS: dict[str, Callable[..., Exported]] = {
-    "cpu": partial(_explicit, "cpu"),
-    "cuda": partial(_explicit, "cuda"),
-    "torch": partial(_explicit, "torch"),
-    "xnnpack": _executorch,
-}
-
-
-def _verify(cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter) -> Manifest:
-    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written."""
-    device = "cpu" if manifest.backend == "cuda" else None
-    try:
-        with quiet():  # an engine logs what it fails at
-            runtime = load_bundle(writer.stage(manifest), device=device)
-            checks = tuple(replay(runtime, case) for case in cases)
-    except (VerificationError, EngineError) as error:
-        # A tracer may fix a loop's length without a word: prompts then go through the step's program.
-        simpler = without_optional_programs(manifest, error)
-        if simpler is None:
-            raise
-        for file in {program.file for program in manifest.programs} - {program.file for program in simpler.programs}:
-            (writer.path / file).unlink()
-            (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
-        manifest = simpler
-        runtime = load_bundle(writer.stage(manifest), device=device)
-        checks = tuple(replay(runtime, case) for case in cases)
-    write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
-    pending = None
-    if manifest.backend == "cuda":
-        pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
-    notes = manifest.notes
-    longest = max(check.prompt_length + check.new_tokens for check in checks)
-    missed = limits.not_reached(longest)
-    if missed:
-        notes += (f"verified on up to {longest} tokens: {' and '.join(missed)} was not reached",)
-    report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
-    return replace(manifest, verification=report, notes=notes)
-
-
-def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:
-    """The manifest without the prompt programs that another route can do without; None where none can."""
-    flow = manifest.flow
-    spare = {route.needs for route in flow.prompt if route.one_by_one}
-    routes = tuple(route for route in flow.prompt if route.one_by_one or route.needs not in spare)
-    if routes == flow.prompt:
-        return None
-    used = {*flow.step, *(name for route in routes for name in route.programs)}
-    note = f"prompts go through the step's program token by token, since the prompt's own failed its check: {error}"
-    return replace(
-        manifest,
-        flow=replace(flow, prompt=routes),
-        programs=tuple(program for program in manifest.programs if program.name in used),
-        notes=(*manifest.notes, first_line(RuntimeError(note))),
     )
 
 

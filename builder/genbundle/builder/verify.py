@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.exporting import first_line, quiet
-from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.golden import GoldenCase
+from genbundle.builder.limits import Limits
+from genbundle.bundles import EngineError, UnsupportedModelError, VerificationError
+from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
+from genbundle.bundles.manifest import Manifest, Verification
+from genbundle.bundles.writer import BundleWriter
+from genbundle.runtime import load_bundle
+from genbundle.runtime.verify import replay
 
 NEW_TOKENS = 12
 GOLDEN_LOGITS = 16
@@ -40,4 +46,52 @@ def record(
         top_ids=np.broadcast_to(np.arange(logits.shape[-1]), logits.shape),
         top_logits=logits,
         options={"max_new_tokens": new_tokens, "do_sample": False},
+    )
+
+
+def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter) -> Manifest:
+    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written."""
+    device = "cpu" if manifest.backend == "cuda" else None
+    try:
+        with quiet():  # an engine logs what it fails at
+            runtime = load_bundle(writer.stage(manifest), device=device)
+            checks = tuple(replay(runtime, case) for case in cases)
+    except (VerificationError, EngineError) as error:
+        # A tracer may fix a loop's length without a word: prompts then go through the step's program.
+        simpler = without_optional_programs(manifest, error)
+        if simpler is None:
+            raise
+        for file in {program.file for program in manifest.programs} - {program.file for program in simpler.programs}:
+            (writer.path / file).unlink()
+            (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
+        manifest = simpler
+        runtime = load_bundle(writer.stage(manifest), device=device)
+        checks = tuple(replay(runtime, case) for case in cases)
+    write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
+    pending = None
+    if manifest.backend == "cuda":
+        pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
+    notes = manifest.notes
+    longest = max(check.prompt_length + check.new_tokens for check in checks)
+    missed = limits.not_reached(longest)
+    if missed:
+        notes += (f"verified on up to {longest} tokens: {' and '.join(missed)} was not reached",)
+    report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
+    return replace(manifest, verification=report, notes=notes)
+
+
+def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:
+    """The manifest without the prompt programs that another route can do without; None where none can."""
+    flow = manifest.flow
+    spare = {route.needs for route in flow.prompt if route.one_by_one}
+    routes = tuple(route for route in flow.prompt if route.one_by_one or route.needs not in spare)
+    if routes == flow.prompt:
+        return None
+    used = {*flow.step, *(name for route in routes for name in route.programs)}
+    note = f"prompts go through the step's program token by token, since the prompt's own failed its check: {error}"
+    return replace(
+        manifest,
+        flow=replace(flow, prompt=routes),
+        programs=tuple(program for program in manifest.programs if program.name in used),
+        notes=(*manifest.notes, first_line(RuntimeError(note))),
     )

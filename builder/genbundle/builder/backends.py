@@ -1,0 +1,141 @@
+"""From captures to the programs of a backend: which components a model becomes, and which format takes them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from genbundle.builder.components import Component
+from genbundle.builder.encoder_decoder import encoder_decoder_components
+from genbundle.builder.experts import dense_experts
+from genbundle.builder.exporting import first_line
+from genbundle.builder.formats import Exported
+from genbundle.builder.formats.onnx import export_onnx
+from genbundle.builder.fused import decoder_components
+from genbundle.builder.generation_config import describe_generation
+from genbundle.builder.inner import capture_calls
+from genbundle.builder.plan import Capture, make_plan
+from genbundle.builder.samples import padded_single
+from genbundle.builder.turns import turn_components
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Flow
+from genbundle.runtime.inputs import TEXT_INPUTS
+
+
+def _components(
+    model: PreTrainedModel, captures: list[Capture], capacity: int | None, *, fuse: bool
+) -> tuple[list[Component], Flow, tuple[str, ...]]:
+    """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
+    if model.config.is_encoder_decoder:
+        return *encoder_decoder_components(model, captures, capacity), ()
+    try:
+        return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
+    except UnsupportedModelError as error:
+        if any(item.inner is not None or "mm_encoder_outputs" in item.prompt for item in captures):
+            raise
+        components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
+        return components, replace(flow, capacity=capacity), notes
+
+
+def _explicit(
+    format_name: str,
+    model: PreTrainedModel,
+    captures: list[Capture],
+    capacity: int | None,
+    folder: Path,
+    announce: Callable[[str], None],
+) -> Exported:
+    """The backends whose programs take and return their state: ONNX and torch.export."""
+    announce("explain")
+    components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
+    components = [replace(component, longest=capacity) for component in components]
+    if format_name == "torch":
+        from genbundle.builder.formats.torch_export import export_torch
+
+        exported = export_torch(components, folder, announce)
+    else:
+        exported = export_onnx(components, folder, format_name, announce)
+    return _with_flow(exported, flow, notes)
+
+
+def _with_flow(exported: Exported, flow: Flow, notes: tuple[str, ...]) -> Exported:
+    """`exported` called by `flow`, without routes through programs that it doesn't have."""
+    there = {program.name for program in exported.programs}
+    routes = tuple(route for route in flow.prompt if there.issuperset(route.programs))
+    return replace(exported, flow=replace(flow, prompt=routes), notes=(*exported.notes, *notes))
+
+
+def _executorch(
+    model: PreTrainedModel,
+    captures: list[Capture],
+    capacity: int | None,
+    folder: Path,
+    announce: Callable[[str], None],
+) -> Exported:
+    """One .pte for ExecuTorch: with its state inside, or, for a model that can't have that, in and out of it."""
+    from genbundle.builder.formats.executorch import PROGRAM_FILE
+    from genbundle.builder.formats.executorch_explicit import export_explicit
+
+    announce("explain")
+    assert capacity is not None  # limits_of
+    with dense_experts(model):
+        try:
+            return _stateful(model, captures, capacity, folder, announce)
+        except UnsupportedModelError as error:
+            refusal = error
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+            why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
+            refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
+        try:
+            components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
+            exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
+    exported = _with_flow(exported, replace(flow, batch=1), notes)
+    note = (
+        "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "
+        f"it can't be kept inside the program ({refusal})"
+    )
+    return replace(exported, notes=(note, *exported.notes))
+
+
+def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Capture]:
+    """`captures` with one sequence first, for programs of one sequence with content (pictures) in it."""
+    sample = captures[-1].inputs
+    content = [name for name in sample if name not in TEXT_INPUTS]
+    if model.config.is_encoder_decoder or not content or len(sample["input_ids"]) != 1:
+        return captures
+    return [*capture_calls(model, [padded_single(model, sample)]), *captures]
+
+
+def _stateful(
+    model: PreTrainedModel, captures: list[Capture], capacity: int, folder: Path, announce: Callable[[str], None]
+) -> Exported:
+    """One .pte that keeps its state inside."""
+    from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
+
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} has an encoder and a decoder")
+    if captures[0].inner is not None:
+        raise UnsupportedModelError(f"{type(model).__name__}: its generate calls a model inside")
+    plan = make_plan(model, captures)
+    announce("export the methods")
+    return export_executorch(
+        model,
+        max_length=capacity,
+        eos_token_ids=describe_generation(model).eos_token_ids,
+        captures=captures,
+        positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
+        path=folder / PROGRAM_FILE,
+    )
+
+
+EXPORTERS: dict[str, Callable[..., Exported]] = {
+    "cpu": partial(_explicit, "cpu"),
+    "cuda": partial(_explicit, "cuda"),
+    "torch": partial(_explicit, "torch"),
+    "xnnpack": _executorch,
+}
+"""backend -> `export(model, captures, capacity, folder, announce)`."""
