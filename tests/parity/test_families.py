@@ -1,5 +1,10 @@
 """A few classes for each kind of generation state, against `model.generate`; the whole sweep is `make coverage`."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +97,19 @@ def test_sounds_that_do_not_fit_the_placeholders_are_refused(loaded):
         bundle.generate(**{**inputs, "input_ids": ids}, max_new_tokens=2)
     with pytest.raises(InputError, match="'input_features' needs input_features_mask beside it"):
         bundle.generate(input_ids=inputs["input_ids"], input_features=inputs["input_features"], max_new_tokens=2)
+
+
+def test_experts_need_no_transformers(bundle):
+    """A process that can't import transformers opens and runs a mixture of experts on torch."""
+    code = (
+        "import sys; sys.modules['transformers'] = None; from genbundle.runtime import load_bundle; "
+        f"print(load_bundle({str(bundle('MixtralForCausalLM', 'torch').path)!r})"
+        ".generate(input_ids=[[11, 12, 13]], max_new_tokens=6, do_sample=False).sequences.tolist()[0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    ids = torch.tensor([[11, 12, 13]])
+    with torch.no_grad():
+        expected = shrink.make("MixtralForCausalLM").generate(ids, max_new_tokens=6, do_sample=False)
+    assert json.loads(done.stdout) == expected[0].tolist()

@@ -14,6 +14,7 @@ from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.passes.ceilings import divide_upwards
+from genbundle.builder.passes.grouped_products import use_own_grouped_product
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles.manifest import Output, Program, State
 
@@ -41,6 +42,7 @@ def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
     exported = to_exported_program(component.module, component.sample, component.axes, component.longest)
     divide_upwards(exported.graph)
+    use_own_grouped_product(exported.graph)
     relax_lower_bounds(exported)
     return exported
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genbundle.bundles import BundleError
+from genbundle.runtime.backends.torch_operators import GROUPED_MM
 
 # What `torch.export.save` writes, and nothing else: `torch.export.load` would also unpickle older layouts' files and
 # open shared libraries that it finds in an archive.
@@ -27,8 +28,7 @@ _ON_SIZES = re.compile(
     r"math\.(trunc|ceil|floor|sqrt)|torch\.sym_(not|int|float|ite|max|min|sqrt|sum)"
 )
 _ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
-# Sums over a model's experts, which transformers has as an operator of its own.
-_OTHER = ("torch.ops.transformers.grouped_mm_fallback.default",)
+_OTHER = (f"torch.ops.{GROUPED_MM.replace('::', '.')}.default",)
 # An operator that takes anything else takes storage, a stream, any Python object, or text: the name of a file.
 _TYPES = {
     "Tensor", "int", "float", "bool", "number", "SymInt", "SymFloat", "SymBool", "Device", "Generator", "str",

@@ -11,6 +11,7 @@ import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
 from genbundle.runtime.backends.torch_archive import checked_archive
+from genbundle.runtime.backends.torch_operators import register_operators
 from genbundle.runtime.program import Tensor
 
 
@@ -34,6 +35,7 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
         raise EngineError(f"{bundle.path}: no CUDA device here: load it with device='cpu'")
     if threads is not None:
         torch.set_num_threads(threads)
+    register_operators()
     return TorchBackend(torch, bundle, device)
 
 
