@@ -61,7 +61,7 @@ def loaded(bundle: Callable[..., Bundle]) -> Callable[..., Model]:
 
 def _build(name: str, backend: str, path: Path) -> Bundle:
     from genbundle.builder import build_bundle
-    from tests.zoo import models, shrink, tokenizers
+    from tests.zoo import coverage, models, shrink, tokenizers
 
     if name == "demo":
         from genbundle.builder.demo.show import MODEL, sample_inputs
@@ -72,6 +72,7 @@ def _build(name: str, backend: str, path: Path) -> Bundle:
         return build_bundle(models.make("llama"), None, backend, processor=processor, output=path, progress=False)
     if name in shrink.CLASSES:
         model = shrink.make(name)
-        samples = shrink.variants(name, model)["build"]
-        return build_bundle(model, samples, backend, output=path, max_length=64, progress=False)
+        inputs = shrink.variants(name, model)
+        room = coverage.room_for(inputs)
+        return build_bundle(model, inputs["build"], backend, output=path, max_length=room, progress=False)
     return build_bundle(models.make(name), models.samples(name), backend, output=path, progress=False)

@@ -210,7 +210,7 @@ def test_chat_templates_get_their_variables(loaded):
     bundle.generate(messages, chat_template_kwargs={"tools": []}, max_new_tokens=1)
     with pytest.raises(InputError, match="chat_template_kwargs belong to chat messages"):
         bundle.generate("hello", chat_template_kwargs={"tools": []})
-    with pytest.raises(InputError, match="expected a mapping without 'messages'"):
+    with pytest.raises(InputError, match="chat_template_kwargs: expected names with values, without 'messages'"):
         bundle.generate(messages, chat_template_kwargs={"messages": []})
 
 

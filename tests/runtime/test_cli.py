@@ -235,10 +235,11 @@ def test_verify(bundle, genbundle):
         "short prompt",
         "longer prompt",
         "padded batch",
+        "long prompt",
     ]
     assert all("largest logit difference" in line for line in lines[1:-1])
     report = json.loads(genbundle("verify", path, "--json")[1])
-    assert report["ok"] and len(report["cases"]) == 4
+    assert report["ok"] and len(report["cases"]) == 5
 
 
 @pytest.mark.slow

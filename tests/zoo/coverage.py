@@ -41,7 +41,7 @@ def cover(name: str, backend: str) -> dict[str, Any]:
         began = time.perf_counter()
         try:
             path = Path(folder) / "model.bundle"
-            build_bundle(model, inputs["build"], backend, output=path, progress=False, max_length=_length(inputs))
+            build_bundle(model, inputs["build"], backend, output=path, progress=False, max_length=room_for(inputs))
         except Exception as error:
             status = "unsupported" if isinstance(error, BuildError) else "error"
             if isinstance(error, VerificationError | EngineError):
@@ -52,7 +52,7 @@ def cover(name: str, backend: str) -> dict[str, Any]:
     return {"status": "mismatch" if cause else "ok", "cause": cause, "build_s": build_s, **_total(start)}
 
 
-def _length(inputs: dict[str, list[shrink.Inputs]]) -> int:
+def room_for(inputs: dict[str, list[shrink.Inputs]]) -> int:
     """Room for every prompt, and for two of them one after another, which the build tries."""
     longest = max(
         (each["input_ids"].shape[-1] for group in inputs.values() for each in group if "input_ids" in each), default=0

@@ -5,7 +5,9 @@ could break is behind these few functions.
 """
 
 import copy
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 FREE_AXES = frozenset({"batch", "sequence", "past"})
 _UNBOUNDED = 2**31
 _LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_TRIED = ((2, 2, 3), (3, 65, 64), (5, 700, 515), (4, 3, 2050))  # batch, new, past
 Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 
 
@@ -70,6 +74,7 @@ class _ProgramExporter(DynamoExporter):
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
         _expect_free(program, self._axes, self._longest)
+        _expect_open(program, self._axes, self._longest)
         return program, metadata
 
 
@@ -101,6 +106,36 @@ def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
                     f"the bundle is for {'any length' if longest is None else f'up to {longest} tokens'}: "
                     "give a smaller max_length"
                 )
+
+
+def _expect_open(program: Any, axes: Axes, longest: int | None) -> None:
+    """UnsupportedModelError for a condition on lengths that held in the trace and doesn't hold for others.
+
+    The tracer keeps conditions that involve several sizes beside the program, for a check before each call that no
+    engine makes. Those on other sizes than lengths are left to the replay.
+    """
+    shapes = {
+        node.target: node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    for guard in getattr(program, "_guards_code", None) or ():
+        places = {(name, int(axis)) for name, axis in _SIZE.findall(guard)}
+        if any(name not in shapes for name, _ in places):
+            continue
+        named = {(name, axis): axes.get(name, {}).get(axis, shapes[name][axis]) for name, axis in places}
+        for batch, new, past in _TRIED:
+            sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
+            known = {place: symbol if isinstance(symbol, int) else sizes.get(symbol) for place, symbol in named.items()}
+            if None in known.values() or (longest is not None and past + new > longest):
+                continue
+            code = _SIZE.sub(lambda match, known=known: str(known[match[1], int(match[2])]), guard)
+            try:
+                holds = eval(code, {"math": math, "torch": torch, "__builtins__": {"max": max, "min": min}})
+            except Exception:  # a condition on something else than sizes
+                break
+            if not holds:
+                raise UnsupportedModelError(f"the model's code takes another way unless {guard}")
 
 
 def to_exported_program(

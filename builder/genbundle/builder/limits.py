@@ -78,11 +78,13 @@ class _Filled(DynamicCache):
 def _restart(model: PreTrainedModel, capacity: int | None) -> int | None:
     """The number in the config after whose many tokens `prepare_inputs_for_generation` takes the cache no longer."""
     numbers = {number for number in _numbers(model.config.to_dict()) if 1 < number < (capacity or 2**20)}
-    return next((number for number in sorted(numbers) if _begins_again(model, number)), None)
+    # One that never takes a cache in this form begins again at every length.
+    found = (n for n in sorted(numbers) if _begins_again(model, n) and not _begins_again(model, n - 1))
+    return next(found, None)
 
 
 def _begins_again(model: Any, length: int) -> bool:
-    ids = torch.zeros(1, length + 1, dtype=torch.long)
+    ids = torch.arange(length + 1)[None]
     cache = _Filled(length)
     try:
         prepared = model.prepare_inputs_for_generation(
@@ -90,7 +92,8 @@ def _begins_again(model: Any, length: int) -> bool:
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return False  # a model that asks more of its cache than this one has
-    return prepared.get("past_key_values") is None and prepared["input_ids"].shape == ids.shape
+    given = prepared.get("input_ids")
+    return prepared.get("past_key_values") is None and isinstance(given, torch.Tensor) and torch.equal(given, ids)
 
 
 def _numbers(value: Any) -> Iterator[int]:

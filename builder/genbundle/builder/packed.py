@@ -326,7 +326,10 @@ def _one_by_one(component: Component) -> Component | None:
     return replace(
         component,
         sample=sample,
-        axes={name: {axis: symbol for axis, symbol in axes.items() if axis} for name, axes in component.axes.items()},
+        axes={
+            name: {axis: symbol for axis, symbol in axes.items() if axis or name not in sample}
+            for name, axes in component.axes.items()
+        },
         sources={name: _with(source, {"pieces": "each"}) for name, source in component.sources.items()},
     )
 

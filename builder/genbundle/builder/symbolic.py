@@ -34,9 +34,11 @@ def open_sizes(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _symbolic(plain: Callable[..., Any], pair: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def choose(*values: Any, **options: Any) -> Any:
+    def choose(*given: Any, **options: Any) -> Any:
+        one_list = len(given) == 1 and isinstance(given[0], list | tuple)
+        values = tuple(given[0]) if one_list else given
         if options or len(values) < 2 or not any(isinstance(value, torch.SymInt) for value in values):
-            return plain(*values, **options)
+            return plain(*given, **options)
         return reduce(pair, values)
 
     return choose

@@ -109,8 +109,8 @@ def turn_components(
     try:
         runs = [_observe(model, sample) for sample in samples]
         short = [_observe(model, _cut(sample)) for sample in samples]
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        raise why from None
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UnsupportedModelError(f"{why} (its own loop can't be watched: {first_line(error)})") from error
     reasons = []
     try:
         held, numbers = _explain([*runs, *short], name)
@@ -201,8 +201,10 @@ def _explain(runs: Sequence[Sequence[Call]], name: str) -> tuple[tuple[Held, ...
             if any(value.numel() for value in values):
                 held.append(_held(path, where, values, sizes, name))
         elif any(value != first for value in values):
+            if not all(type(value) is int for value in values):
+                raise UnsupportedModelError(f"{name}: its state {where} differs from turn to turn, unexplained")
             distances = {value - length for value, (_, length) in zip(values, sizes, strict=True)}
-            if isinstance(first, bool | str) or len(distances) != 1:
+            if len(distances) != 1:
                 raise UnsupportedModelError(f"{name}: its state {where} counts something unexplained")
             numbers[path] = distances.pop()
     return tuple(held), numbers
@@ -234,9 +236,10 @@ def _differs(begin: Turn, step: Turn, runs: Sequence[Sequence[Call]]) -> str | N
                 for number, call in enumerate(run):
                     module = step if number else begin
                     inputs = {"input_ids": call.ids[:, -1:] if number else call.ids, **kept}
-                    inputs["attention_mask"] = torch.ones_like(call.ids)
-                    if mask is not None:
-                        inputs["attention_mask"][:, : mask.shape[1]] = mask
+                    if "attention_mask" in module.template:
+                        inputs["attention_mask"] = torch.ones_like(call.ids)
+                        if mask is not None:
+                            inputs["attention_mask"][:, : mask.shape[1]] = mask
                     results = module(**inputs)
                     kept = {key.replace("present_", "past_", 1): v for key, v in results.items() if key != "logits"}
                     logits = results["logits"][:, -1].float()
@@ -269,7 +272,10 @@ def _carrying(begin: Turn, step: Turn, padded: bool) -> tuple[list[Component], F
     obstacle = loop_over_length(begin, lambda length: _component(begin, new=length, past=0).sample)
     prompt = replace(_component(begin, new=_PROMPT, past=0), name="prompt", optional=True, obstacle=obstacle)
     components = [prompt, _component(begin, new=1, past=0)]
-    routes = (Route(programs=("prompt",)), Route(programs=("begin",), one_by_one=True, padded=padded))
+    routes = (
+        Route(programs=("prompt",), padded=padded),
+        Route(programs=("begin",), one_by_one=True, padded=padded),
+    )
     return [*components, _component(step, new=1, past=PAST)], Flow(prompt=routes, step=("decode",))
 
 

@@ -75,7 +75,7 @@ def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, w
     longest = max(check.prompt_length + check.new_tokens for check in checks)
     missed = limits.not_reached(longest)
     if missed:
-        notes += (f"verified on up to {longest} tokens: {' and '.join(missed)} was not reached",)
+        notes += (f"verified on up to {longest} tokens; not reached: {', '.join(missed)}",)
     report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
     return replace(manifest, verification=report, notes=notes)
 

@@ -334,7 +334,7 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"Expected a dtype name, got {state.dtype!r} - at `$.state[{index}].dtype`")
     if manifest.images is not None and manifest.images.placeholder == "":
         raise BundleError("Expected a text that isn't empty - at `$.images.placeholder`")
-    for name in ("batch", "capacity"):
+    for name in ("batch", "capacity", "restart"):
         value = getattr(manifest.flow, name)
         if value is not None and value < 1:
             raise BundleError(f"Expected at least 1, got {value} - at `$.flow.{name}`")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from genbundle.bundles import InputError
-from genbundle.runtime.inputs import token_ids, token_mask
+from genbundle.runtime.inputs import TEXT_INPUTS, token_ids, token_mask
 from genbundle.runtime.rules import apply_rules, check_forced
 from genbundle.runtime.sampling import GenerationOptions
 from genbundle.runtime.wiring import Wiring
@@ -161,7 +161,13 @@ def _whole(inputs: dict[str, np.ndarray], taken: list[np.ndarray]) -> dict[str, 
     new = np.stack(taken, axis=1)
     ids = np.concatenate([inputs["input_ids"], new], axis=1)
     mask = np.concatenate([inputs["attention_mask"], np.ones_like(new)], axis=1)
-    return {**inputs, "input_ids": ids, "attention_mask": mask}
+    # Token types and the like: new tokens are text.
+    rest = {
+        name: np.concatenate([array, np.zeros_like(new, dtype=array.dtype)], axis=1)
+        for name, array in inputs.items()
+        if name not in TEXT_INPUTS and array.shape == inputs["input_ids"].shape
+    }
+    return {**inputs, **rest, "input_ids": ids, "attention_mask": mask}
 
 
 def padding_token(options: GenerationOptions) -> int:
@@ -179,7 +185,8 @@ def single_rows(inputs: dict[str, np.ndarray], *, padded: bool = False) -> list[
     ids, given = token_ids(inputs), token_mask(inputs)
     mask = np.ones_like(given, dtype=bool) if padded else given.astype(bool)
     names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
-    grids = [array for array in inputs.values() if array.ndim == 2 and array.shape[1] == 3 and array.dtype.kind in "iu"]
+    media = [array for name, array in inputs.items() if name not in TEXT_INPUTS]
+    grids = [array for array in media if array.ndim == 2 and array.shape[1] == 3 and array.dtype.kind in "iu"]
     rows = []
     for row in range(len(ids)):
         of_tokens = (ids[row, mask[row]][None], given[row, mask[row]][None].astype(np.int64))

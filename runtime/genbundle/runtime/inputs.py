@@ -50,7 +50,9 @@ def _complete_encoder_inputs(
     arrays: dict[str, np.ndarray], manifest: Manifest, options: GenerationOptions, start: int
 ) -> dict[str, np.ndarray]:
     """The encoder's inputs as they are (a mask of ones or without pad tokens is added to ids), the decoder's begun."""
-    ids, given = arrays.get("input_ids"), next(iter(arrays.values()), None)
+    ids = arrays.get("input_ids")
+    # Pictures may be more than sequences; what says how many those are is the ids, where there are any.
+    given = ids if ids is not None else next(iter(arrays.values()), None)
     if given is None or not given.ndim:
         raise InputError("generation needs the encoder's input: input_ids [batch, length], features, or text")
     if ids is not None:

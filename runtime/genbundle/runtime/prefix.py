@@ -7,6 +7,7 @@ import numpy as np
 
 from genbundle.bundles import InputError
 from genbundle.bundles.manifest import Generation, PrefixToken
+from genbundle.runtime.generate import single_rows
 from genbundle.runtime.inputs import complete_inputs
 from genbundle.runtime.sampling import GenerationOptions, options_from
 from genbundle.runtime.wiring import Wiring
@@ -51,7 +52,9 @@ def generation_inputs(
 
     def detect(before: list[int], candidates: tuple[int, ...]) -> np.ndarray:
         tokens = np.concatenate([start, np.tile(np.array(before, np.int64), (len(start), 1))], axis=1)
-        logits, _ = wiring.prompt({**inputs, "decoder_input_ids": tokens})
+        whole = {**inputs, "decoder_input_ids": tokens}
+        rows = [whole] if wiring.together(whole) else single_rows(whole)
+        logits = np.concatenate([wiring.prompt(row)[0] for row in rows])
         return np.array(candidates, np.int64)[logits[:, list(candidates)].argmax(axis=1)]
 
     columns = [column[:, None] for column in _prefix(prefix, chosen, len(start), detect)]

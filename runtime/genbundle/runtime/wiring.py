@@ -85,7 +85,7 @@ class Wiring:
     def takes_padding(self, inputs: dict[str, np.ndarray]) -> bool:
         """Whether the programs take sequences with padding: what eager gives may depend on it."""
         route = self._route(inputs)
-        if route.one_by_one:
+        if route.one_by_one or route.padded:
             return route.padded
         return any(item.source.kind == "mask" for name in route.programs for item in self._entries[name].inputs)
 
