@@ -119,7 +119,7 @@ def main() -> None:
     if not options.report_only:
         _run_all(options)
     if options.report:
-        options.report.write_text(coverage_report.table(coverage_report.read(options.results)))
+        options.report.write_text(coverage_report.table(coverage_report.read(options.results), len(shrink.CLASSES)))
 
 
 def _run_all(options: argparse.Namespace) -> None:

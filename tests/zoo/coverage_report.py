@@ -18,8 +18,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list({(each["class"], each["backend"]): each for each in results}.values())
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The page in Markdown."""
+def table(results: list[dict[str, Any]], classes: int) -> str:
+    """The page in Markdown. classes: how many there are to try."""
     backends = sorted({each["backend"] for each in results})
     lines = [
         "# Coverage",
@@ -27,9 +27,10 @@ def table(results: list[dict[str, Any]]) -> str:
         "Written by `python -m tests.zoo.coverage --report docs/coverage.md`: every generative class that transformers "
         "maps, as a tiny random model. A class is covered where its bundle gives eager's sequences for inputs that it "
         "wasn't built from: another prompt length, other content, a padded batch where eager takes one; 12 new tokens "
-        "each.",
+        "each. A sweep of all of them takes hours and goes on where it stopped, so a row may be older than the newest "
+        f"commit, and a class without a row hasn't been tried on that backend yet. There are {classes} classes.",
         "",
-        "| backend | covered | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
+        "| backend | covered, of those tried | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for backend in backends:

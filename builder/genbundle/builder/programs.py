@@ -1,4 +1,4 @@
-"""Which programs a model becomes on the explicit-state backends: text decoders here, image-text in image_text.py."""
+"""The programs of a text decoder, and what every decoder program has: sample, past, present."""
 
 import copy
 from collections.abc import Sequence
