@@ -30,7 +30,7 @@ def table(results: list[dict[str, Any]], classes: int) -> str:
         "each. A sweep of all of them takes hours and goes on where it stopped, so a row may be older than the newest "
         f"commit, and a class without a row hasn't been tried on that backend yet. There are {classes} classes.",
         "",
-        "| backend | covered, of those tried | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
+        "| backend | covered, of tried | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for backend in backends:
