@@ -119,12 +119,14 @@ def _expect_open(program: Any, axes: Axes, longest: int | None) -> None:
         for node in program.graph.nodes
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
     }
+    one_token = "sequence" not in {symbol for item in axes.values() for symbol in item.values()}
     for guard in getattr(program, "_guards_code", None) or ():
         places = {(name, int(axis)) for name, axis in _SIZE.findall(guard)}
         if any(name not in shapes for name, _ in places):
             continue
         named = {(name, axis): axes.get(name, {}).get(axis, shapes[name][axis]) for name, axis in places}
         for batch, new, past in _TRIED:
+            new = 1 if one_token else new
             sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
             known = {place: symbol if isinstance(symbol, int) else sizes.get(symbol) for place, symbol in named.items()}
             if None in known.values() or (longest is not None and past + new > longest):

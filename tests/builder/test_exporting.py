@@ -1,0 +1,59 @@
+"""Programs that would hold for some sizes only are refused."""
+
+import pytest
+import torch
+
+from genbundle.builder.exporting import to_exported_program
+from genbundle.bundles import UnsupportedModelError
+
+AXES = {"input_ids": {0: "batch", 1: "sequence"}}
+SAMPLE = {"input_ids": torch.ones(2, 9)}
+
+
+class Chunks(torch.nn.Module):
+    """Adds a prompt up in chunks of 64: a trace of a short one has a single chunk."""
+
+    config = None
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        length = input_ids.shape[1]
+        padded = torch.nn.functional.pad(input_ids, (0, -length % 64))
+        total = sum(padded[:, 64 * i : 64 * i + 64].sum(1) for i in range(padded.shape[1] // 64))
+        return {"total": total}
+
+
+class Sum(torch.nn.Module):
+    """The same in one go."""
+
+    config = None
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"total": input_ids.sum(1)}
+
+
+def test_a_loop_over_chunks_is_seen():
+    with pytest.raises(UnsupportedModelError, match=r"takes another way unless|is at most|fixed at"):
+        to_exported_program(Chunks(), SAMPLE, AXES, 512)
+
+
+def test_what_holds_for_every_size_is_taken():
+    program = to_exported_program(Sum(), SAMPLE, AXES, 512)
+    assert program.module()(input_ids=torch.ones(3, 100))["total"].tolist() == [100.0] * 3
+
+
+class Capped(torch.nn.Module):
+    """Takes another way once two lengths together are long, which no size says alone."""
+
+    config = None
+
+    def forward(self, input_ids: torch.Tensor, past: torch.Tensor) -> dict[str, torch.Tensor]:
+        both = torch.cat([past, input_ids], 1)
+        return {"total": both.sum(1) if past.shape[1] + input_ids.shape[1] <= 100 else -both.sum(1)}
+
+
+def test_a_condition_on_two_lengths_together_is_seen():
+    sample = {"input_ids": torch.ones(2, 3), "past": torch.ones(2, 5)}
+    axes = {"input_ids": {0: "batch", 1: "sequence"}, "past": {0: "batch", 1: "past"}}
+    with pytest.raises(UnsupportedModelError, match=r"takes another way unless|is at most"):
+        to_exported_program(Capped(), sample, axes, 512)
+    assert to_exported_program(Capped(), sample, axes, 64) is not None  # never so long
