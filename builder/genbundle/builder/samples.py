@@ -230,7 +230,7 @@ def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -
     held_out = {
         "as given": first,
         "other content, longer prompt": maker.other_content(maker.longer(first, 17)),
-        **{f"as given, sample {number}": sample for number, sample in enumerate(given[1:], 2)},
+        **{f"sample {number} as given": sample for number, sample in enumerate(given[1:], 2)},
     }
     if len(first) == 2:
         # A tracer may take what holds for the prompts that it is shown to hold for any.
