@@ -1,6 +1,7 @@
 """ONNX programs: lower each component, fix what ONNX Runtime needs, share every weight, describe inputs and outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -55,7 +56,14 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
                 if not value.is_graph_output():
                     value.shape = None
         ir.save(model, folder / f"{name}.onnx")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
+    carried = tuple(_without_unread_state(entry, states) for entry in programs)
+    return Exported(programs=carried, state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
+
+
+def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Program:
+    """What no program reads isn't carried: an encoder's pooled output, for instance."""
+    outputs = (item if item.state in states else replace(item, state=None) for item in entry.outputs)
+    return replace(entry, outputs=tuple(outputs))
 
 
 def _lower(component: Component, provider: str) -> ir.Model:
