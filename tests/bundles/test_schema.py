@@ -29,7 +29,7 @@ def test_the_schema_is_a_schema():
 @pytest.mark.parametrize(("name", "backend"), [("llama", "cpu"), ("llava", "cpu"), ("chat", "cpu"), ("demo", "cpu")])
 def test_real_manifests_satisfy_it(name, backend, bundle):
     manifest = json.loads((bundle(name, backend).path / "manifest.json").read_text(encoding="utf-8"))
-    jsonschema.validate(manifest, json.loads(schema_text()))
+    assert list(jsonschema.Draft202012Validator(json.loads(schema_text())).iter_errors(manifest)) == []
 
 
 def test_what_the_reader_refuses_the_schema_refuses_too():

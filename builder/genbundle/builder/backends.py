@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.components import Component
 from genbundle.builder.encoder_decoder import encoder_decoder_components
 from genbundle.builder.experts import dense_experts
-from genbundle.builder.exporting import first_line
+from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.fused import decoder_components
@@ -48,7 +48,6 @@ def _explicit(
     announce: Callable[[str], None],
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
-    announce("explain")
     components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
     components = [replace(component, longest=capacity) for component in components]
     if format_name == "torch":
@@ -78,14 +77,13 @@ def _executorch(
     from genbundle.builder.formats.executorch import PROGRAM_FILE
     from genbundle.builder.formats.executorch_explicit import export_explicit
 
-    announce("explain")
     assert capacity is not None  # limits_of
     with dense_experts(model):
         try:
             return _stateful(model, captures, capacity, folder, announce)
         except UnsupportedModelError as error:
             refusal = error
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+        except MODEL_ERRORS as error:
             why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
             refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
         try:

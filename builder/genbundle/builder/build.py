@@ -129,6 +129,7 @@ def _export(
     generation = describe_generation(model)
     announce("capture")
     captures = capture_calls(model, samples.capture)
+    announce("explain")
     exported = EXPORTERS[settings.backend](model, captures, limits.capacity, folder, announce)
     text = images = None
     if loaded.processor is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Input, Role, Source, State
 
@@ -82,7 +83,7 @@ def needed_inputs(
             without = {name: value for name, value in kept.items() if name != key}
             try:
                 found = module(**without)
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+            except MODEL_ERRORS:
                 continue
             if same_tensors(found, expected):
                 kept = without

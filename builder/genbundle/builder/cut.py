@@ -41,7 +41,7 @@ def output_inside(module: torch.nn.Module, run: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def leaves(output: Any) -> dict[str, torch.Tensor]:
+def output_tensors(output: Any) -> dict[str, torch.Tensor]:
     """The tensors of a module's output by path."""
     flat, _ = pytree.tree_flatten_with_path(output)
     return {pytree.keystr(path): leaf for path, leaf in flat if isinstance(leaf, torch.Tensor)}

@@ -14,6 +14,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from genbundle.builder.attention import make_cache
 from genbundle.builder.components import Component, name_axes, same_tensors
 from genbundle.builder.cut import forward_of
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
 from genbundle.builder.plan import Call, Capture, Inputs, Phase, constant_arguments
 from genbundle.builder.programs import BATCH, NEW, PAST, with_past, with_present
@@ -183,7 +184,7 @@ def _gives(module: torch.nn.Module, samples: list[Inputs], expected: list[Inputs
     try:
         with torch.no_grad():
             found = [module(**sample) for sample in samples]
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+    except MODEL_ERRORS:
         return False
     return all(same_tensors(one, other) for one, other in zip(found, expected, strict=True))
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes, same_tensors
-from genbundle.builder.cut import leaves, output_inside
+from genbundle.builder.cut import output_inside, output_tensors
 from genbundle.builder.feeds import ModuleCall
 from genbundle.builder.plan import Capture
 from genbundle.builder.towers import chain_component, watch_modules
@@ -99,7 +99,7 @@ class CutGetter(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The features by name."""
-        found = leaves(output_inside(self._last[0], lambda: self._getter(**inputs, return_dict=True)))
+        found = output_tensors(output_inside(self._last[0], lambda: self._getter(**inputs, return_dict=True)))
         return {name: found[field].reshape(-1, *shape) for name, (field, shape) in self._outputs.items()}
 
 

@@ -19,6 +19,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
 
+from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.noise import quiet
 from genbundle.builder.symbolic import open_sizes
 from genbundle.bundles import UnsupportedModelError
@@ -31,6 +32,8 @@ _UNBOUNDED = 2**31
 _LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _TRIED = ((2, 2, 3), (3, 65, 64), (5, 700, 515), (4, 3, 2050))  # batch, new, past
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+"""What a model's own code raises where it can't take its inputs."""
 Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 
 
@@ -42,8 +45,7 @@ def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[s
     with quiet():
         try:
             # Sampling would draw different tokens in each capture, and beams would multiply the batch.
-            config: Any = copy.deepcopy(model.generation_config)
-            config.update(do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=1)
+            config = greedy_config(model)
             if getattr(config, "lang_to_id", None):
                 # A language that isn't given is detected, in a call of the forward that is none of the generation's.
                 config.language, config.return_timestamps = next(iter(config.lang_to_id)), False

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes
 from genbundle.builder.decoder import Decoder
-from genbundle.builder.exporting import first_line
+from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.image_text import image_text_components, placeholder_token
 from genbundle.builder.inner import InnerPrompt, explain_inner
 from genbundle.builder.plan import Call, Capture, Inputs, Plan, capture, make_plan
@@ -26,7 +26,7 @@ from genbundle.bundles.manifest import Flow, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS
 
 FEATURES = "features"
-_FAILURES = (UnsupportedModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+_FAILURES = (UnsupportedModelError, *MODEL_ERRORS)
 
 
 class _Size:

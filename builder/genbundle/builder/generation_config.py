@@ -1,5 +1,6 @@
 """What a model's generation config asks for, in the runtime's terms; what the runtime can't replay is an error."""
 
+import copy
 from typing import Any
 
 from genbundle.builder.prefix import describe_prefix
@@ -50,6 +51,13 @@ _NOT_REPLAYED: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0.0, 1.0),
     "eta_cutoff": (0.0, 1.0),
 }
+
+
+def greedy_config(model: Any, **settings: Any) -> Any:
+    """A copy of the model's generation config that takes the most probable token each time, with `settings`."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, num_beams=1, **settings)
+    return config
 
 
 def _decoder_start(model: Any) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from genbundle.builder.decoder import Decoder
-from genbundle.builder.exporting import decompose, first_line, quiet
+from genbundle.builder.exporting import MODEL_ERRORS, decompose, first_line, quiet
 from genbundle.builder.plan import Call, Capture, Inputs, capture, constant_arguments
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
@@ -65,7 +65,7 @@ def _inner_call(model: PreTrainedModel, sample: Inputs) -> tuple[PreTrainedModel
             for module in inside:
                 stack.enter_context(generate_of(module, recorder(module)))
             outer(**{name: value.clone() for name, value in sample.items()})
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except MODEL_ERRORS as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}.generate refuses the inputs {sorted(sample)}: {first_line(error)}"
         ) from error

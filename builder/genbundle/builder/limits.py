@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.bundles import BuildError
 
 _XNNPACK_CAPACITY = 2048  # the cache is part of the program's memory, so it isn't the model's whole context
@@ -90,7 +91,7 @@ def _begins_again(model: Any, length: int) -> bool:
         prepared = model.prepare_inputs_for_generation(
             ids, next_sequence_length=1, past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True
         )
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+    except MODEL_ERRORS:
         return False  # a model that asks more of its cache than this one has
     given = prepared.get("input_ids")
     return prepared.get("past_key_values") is None and isinstance(given, torch.Tensor) and torch.equal(given, ids)

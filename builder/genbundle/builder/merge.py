@@ -18,6 +18,7 @@ from genbundle.builder.attention import attention, group_query_attention, make_c
 from genbundle.builder.cut import forward_of
 from genbundle.builder.decoder import language_model_of
 from genbundle.builder.encoders import Features
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.layers import Layer, kept, open_layer
 from genbundle.bundles import UnsupportedModelError
 
@@ -179,7 +180,7 @@ def needed_features(
         without[field] = None
         try:
             same = _same(run(without), expected)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        except MODEL_ERRORS:
             same = False
         if not same:
             needed.extend(item for item in candidates if item.path[0] == field)

@@ -7,7 +7,7 @@ pieces end, which a mask says as well: towers take ours for one.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -259,7 +259,7 @@ def _frames(
         sample = {name: value.reshape(*shape, *value.shape[1:]) for name, value in sample.items()}
     with torch.no_grad():
         whole, first = component.module(**component.sample), module(**sample)
-    if not same_tensors(first, {name: value[: len(first[name])] for name, value in whole.items()}):
+    if not _begins_with(whole, first):
         raise UnsupportedModelError(
             f"{component.name}: one frame alone doesn't give the features that it gives in a row"
         )
@@ -299,7 +299,7 @@ def _picture_by_picture(component: Component) -> Component:
             whole, first = component.module(**component.sample), module(**sample)
     except (AttributeError, TypeError) as error:
         raise UnsupportedModelError(f"{component.name}: what it reads of its {size!r} can't be traced") from error
-    if not same_tensors(first, {key: value[: len(first[key])] for key, value in whole.items()}):
+    if not _begins_with(whole, first):
         raise UnsupportedModelError(
             f"{component.name}: one picture alone doesn't give the features that it gives in a row"
         )
@@ -321,7 +321,7 @@ def _one_by_one(component: Component) -> Component | None:
     sample = {name: value[:1] for name, value in component.sample.items()}
     with torch.no_grad():
         whole, first = component.module(**component.sample), component.module(**sample)
-    if not same_tensors(first, {name: value[: len(first[name])] for name, value in whole.items()}):
+    if not _begins_with(whole, first):
         return None
     return replace(
         component,
@@ -332,6 +332,11 @@ def _one_by_one(component: Component) -> Component | None:
         },
         sources={name: _with(source, {"pieces": "each"}) for name, source in component.sources.items()},
     )
+
+
+def _begins_with(whole: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the features of the first frame or picture are the first of all of them."""
+    return same_tensors(first, {name: value[: len(first[name])] for name, value in whole.items()})
 
 
 def _with(source: Source, options: dict[str, Any]) -> Source:

@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.exporting import first_line, quiet
+from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
 from genbundle.builder.limits import Limits
 from genbundle.builder.verify import NEW_TOKENS
 from genbundle.bundles import BuildError
@@ -161,7 +161,7 @@ def from_processor(model: PreTrainedModel, processor: Any) -> list[Inputs]:
         try:
             with quiet():
                 encoded = processor(text=_question(processor, question), images=[picture], return_tensors="pt")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        except MODEL_ERRORS as error:
             raise BuildError(
                 f"inputs: {type(processor).__name__} makes none of a picture and a question "
                 f"({first_line(error)}); give generate kwargs"
@@ -300,7 +300,7 @@ def _generates(model: PreTrainedModel, inputs: Inputs) -> bool:
     try:
         with quiet(), torch.no_grad():
             generate(**inputs, max_new_tokens=1, do_sample=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+    except MODEL_ERRORS:
         return False
     return True
 
@@ -317,6 +317,6 @@ def generates_from_text_alone(model: PreTrainedModel) -> bool:
     try:
         with quiet(), torch.no_grad():
             logits = [torch.stack(generate(**inputs, **_FIRST_LOGITS).logits)[:, 0] for inputs in (alone, padded)]
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+    except MODEL_ERRORS:
         return False
     return torch.allclose(*logits, rtol=1e-3, atol=1e-3)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.modules import module as hooks
 
 from genbundle.builder.components import Component, name_axes, needed_inputs, same_tensors
-from genbundle.builder.cut import leaves
+from genbundle.builder.cut import output_tensors
 from genbundle.builder.exporting import prepare_inputs
 from genbundle.builder.feeds import (
     PAIRED,
@@ -50,11 +50,8 @@ class Chain(torch.nn.Module):
         self.parts = torch.nn.ModuleList(stage.module for stage in stages)
         self.config = getattr(stages[0].module, "config", None)
         self.stages, self._outputs = tuple(stages), dict(outputs)
-        self._taken = {
-            feed.name
-            for feed in (*self._outputs.values(), *(feed for stage in stages for feed in stage.feeds.values()))
-            if feed.stage is None
-        } | {feed.rows for feed in (*self._outputs.values(), *(f for s in stages for f in s.feeds.values()))}
+        feeds = [*self._outputs.values(), *(feed for stage in stages for feed in stage.feeds.values())]
+        self._taken = {feed.name for feed in feeds if feed.stage is None} | {feed.rows for feed in feeds if feed.rows}
 
     def forward(self, **inputs: Any) -> Tensors:
         """The features by name."""
@@ -66,7 +63,7 @@ class Chain(torch.nn.Module):
                 for argument, feed in stage.feeds.items()
                 if feed.stage is not None or feed.name in inputs
             }
-            outputs.append(leaves(stage.module(**stage.constants, **given, **rest)))
+            outputs.append(output_tensors(stage.module(**stage.constants, **given, **rest)))
         return {name: feed.take(inputs, outputs) for name, feed in self._outputs.items()}
 
 
@@ -93,7 +90,7 @@ def _watched(calls: list[ModuleCall], opened: set[int]) -> Iterator[None]:
         depth -= 1
         if depth == 0:
             # Models write into their tower's output object.
-            fields = {path: value.clone() for path, value in leaves(output).items()}
+            fields = {path: value.clone() for path, value in output_tensors(output).items()}
             calls.append(ModuleCall(module=module, arguments=_bound(module, args, kwargs), fields=fields))
 
     handles = [

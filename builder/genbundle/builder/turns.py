@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component
-from genbundle.builder.exporting import first_line, quiet
+from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
+from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.objects import Path, leaves, with_leaves
 from genbundle.builder.plan import Inputs
@@ -109,7 +110,7 @@ def turn_components(
     try:
         runs = [_observe(model, sample) for sample in samples]
         short = [_observe(model, _cut(sample)) for sample in samples]
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except MODEL_ERRORS as error:
         raise UnsupportedModelError(f"{why} (its own loop can't be watched: {first_line(error)})") from error
     reasons = []
     try:
@@ -134,9 +135,8 @@ def turn_components(
 
 def _observe(model: PreTrainedModel, inputs: Inputs) -> list[Call]:
     """What eager's loop does in its first turns."""
-    config = copy.deepcopy(model.generation_config)
-    config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, num_beams=1, max_length=None)
-    config.update(max_new_tokens=_TURNS, min_new_tokens=_TURNS, return_dict_in_generate=True, output_logits=True)
+    lengths = {"max_new_tokens": _TURNS, "min_new_tokens": _TURNS, "max_length": None}
+    config = greedy_config(model, **lengths, return_dict_in_generate=True, output_logits=True)
     with quiet(), torch.no_grad(), _recorded(model) as calls:
         generate: Any = model.generate
         output = generate(**{key: value.clone() for key, value in inputs.items()}, generation_config=config)
@@ -245,7 +245,7 @@ def _differs(begin: Turn, step: Turn, runs: Sequence[Sequence[Call]]) -> str | N
                     logits = results["logits"][:, -1].float()
                     if not torch.allclose(logits, call.logits, rtol=0, atol=_CLOSE * float(call.logits.abs().max())):
                         return f"turn {number} of a replay gives other logits than eager"
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except MODEL_ERRORS as error:
         return f"a replay fails: {first_line(error)}"
     return None
 

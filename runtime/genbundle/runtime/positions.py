@@ -31,7 +31,7 @@ def mrope(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
 
     Row 0 counts tokens as `cumsum` does; with the option `axes` 3 it isn't there. The others (time, height, width)
     count text tokens alike and give a picture's tokens its patch grid, after which text goes on from the largest
-    position: the numbering of Qwen2-VL (https://arxiv.org/abs/2409.12191, section 2.1). `mm_token_type_ids` marks text
+    position: the numbering of https://arxiv.org/abs/2409.12191, section 2.1. `mm_token_type_ids` marks text
     0, pictures 1; with the option `image_token_id` pictures are this token instead. Padding gets the option `padding`
     (0) there. Without pictures all rows are row 0.
     """

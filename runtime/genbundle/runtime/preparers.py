@@ -121,7 +121,7 @@ def vision_pairs(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarra
 
 
 def image_tiles(inputs: Inputs, options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Pictures cut into an overview and tiles, as LLaVA-NeXT has them, and the order in which their features are read.
+    """Pictures cut into an overview and tiles of any resolution, and the order in which their features are read.
 
     Inputs: the tiles `[pictures, n, channels, height, width]`, padded to one number, and the pictures' own sizes.
     Options: `pinpoints`, the sizes that pictures are fitted into; `tile`, a tile's side; `patches`, its features a

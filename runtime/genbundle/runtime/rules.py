@@ -73,7 +73,7 @@ def check_forced(options: GenerationOptions, vocabulary: int) -> None:
 
 def timed(row: np.ndarray, new: np.ndarray, times: Timestamps, eos: int) -> np.ndarray:
     """A row in which times come in pairs, never go back, begin the sequence, and win where together they are likelier
-    than any other token. After Whisper's rules (https://arxiv.org/abs/2212.04356, section 3.3).
+    than any other token. After https://arxiv.org/abs/2212.04356.
 
     new: the generated tokens so far. eos: tokens below it are text.
     """
