@@ -36,6 +36,7 @@ CASES = [
     ("PaddleOCRVLForConditionalGeneration", "torch"),
     ("Mistral3ForConditionalGeneration", "cpu"),
     ("LlavaNextForConditionalGeneration", "torch"),
+    ("Gemma3ForConditionalGeneration", "torch"),  # a mask made by vmap
     ("Gemma4UnifiedForConditionalGeneration", "torch"),
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),

@@ -41,6 +41,9 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
 def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
     exported = to_exported_program(component.module, component.sample, component.axes, component.longest)
+    if any(node.target is torch.ops.higher_order.flat_apply for node in exported.graph.nodes):
+        # A mask made by vmap calls Python functions, which no archive holds; tracing once more runs through them.
+        exported = exported.run_decompositions({})
     divide_upwards(exported.graph)
     use_own_grouped_product(exported.graph)
     relax_lower_bounds(exported)
