@@ -358,6 +358,11 @@ GREEDY = [
     "{{ [1]|tojson(indent=10 ** 9) }}",
     "{{ lipsum(n=10000) }}",
     "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x]|join %}{% endfor %}",
+    "{% set ns = namespace(x='aa') %}{% for i in range(40) %}{% set ns.x = ns.x|replace('a', ns.x) %}{% endfor %}",
     "{% for i in range(9000) %}{% for j in range(9000) %}aaaaaaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
 ]
 
@@ -376,6 +381,8 @@ def test_templates_may_still_format(tmp_path):
     template = (
         "{{ '%s: %05d' % ('a', 7) }} {{ '{:>3}|{}'.format(1, 123456789) }} {{ '=' * 10 }} {{ 2 ** 10 }} {{ 7 % 4 }} "
         "{{ [1] + [2] }} {{ 'x'|center(3) }} {{ 10 ** 12 }} {{ '%s'|format(123456789012) }} {{ 'a' ~ 10 ** 9 }}"
+        "{{ ['a', 1]|join('-') }} {{ [{'b': 2}]|join(',', attribute='b') }} {{ 'aba'|replace('a', 'c', 1) }} "
+        "{{ ', '.join(['a', 'b']) }} {{ 'aba'.replace('a', 'c') }} {{ messages[0].role ~ none ~ 1.5 }}"
     )
     ours, theirs = _with_template(tmp_path, template)
     assert ours.apply_chat_template(CHATS[0]) == theirs.apply_chat_template(CHATS[0], tokenize=False)

@@ -50,6 +50,26 @@ def _sum(left: Any, right: Any) -> bool:
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {"*": _product, "**": _power, "%": _percent, "+": _sum}
 
 
+def _joined(separator: str, parts: Iterable[str]) -> str:
+    """`separator.join(parts)`, as far as it isn't too long."""
+    taken, length = [], 0
+    for part in parts:
+        taken.append(part)
+        length += len(part) + len(separator)
+        if length > LONGEST:
+            raise ValueError(f"a text of more than {LONGEST} characters")
+    return separator.join(taken)
+
+
+def _replaced(text: str, old: str, new: str, count: int | None = None) -> str:
+    """`text.replace(old, new, count)`, as far as it isn't too long."""
+    count = -1 if count is None else count
+    places = text.count(old) if count < 0 else min(count, text.count(old))
+    if len(text) + places * len(new) > LONGEST:
+        raise ValueError(f"a text of more than {LONGEST} characters")
+    return text.replace(old, new, count)
+
+
 def render(template: Template, values: Mapping[str, Any]) -> str:
     """The rendered text; whatever a template does wrong surfaces as any exception at all."""
     pieces, length = [], 0
@@ -64,7 +84,8 @@ def render(template: Template, values: Mapping[str, Any]) -> str:
 def compile_template(source: str) -> Template:
     """The template in an environment that gives it what transformers gives it, and nothing more."""
     import jinja2
-    from jinja2 import ext, nodes, sandbox
+    from jinja2 import compiler, ext, nodes, sandbox
+    from jinja2.filters import make_attrgetter
 
     class Generation(ext.Extension):
         """`{% generation %}` marks the assistant's words for training; here it renders what it encloses."""
@@ -108,10 +129,25 @@ def compile_template(source: str) -> Template:
 
     called: Callable[..., Any] = sandbox.ImmutableSandboxedEnvironment.call
 
+    class Generator(compiler.CodeGenerator):
+        """`~` as a call, since it is none of the operators that a sandbox can watch."""
+
+        def visit_Concat(self, node: Any, frame: Any) -> None:
+            self.write("environment.concatenated((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
     class Environment(sandbox.ImmutableSandboxedEnvironment):
         """Without the ways to make gigabytes of a few words."""
 
         intercepted_binops = frozenset(_OPERATORS)
+        code_generator_class = Generator
+
+        @staticmethod
+        def concatenated(parts: Iterable[Any]) -> str:
+            return _joined("", map(str, parts))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             check = _OPERATORS[operator]
@@ -121,8 +157,13 @@ def compile_template(source: str) -> Template:
 
         def call(*args, **kwargs) -> Any:
             # `self`, the context, what is called, and its own arguments, which may have any name.
-            if getattr(args[2], "__name__", "") in _WIDENING:
+            name, owner = getattr(args[2], "__name__", ""), getattr(args[2], "__self__", None)
+            if name in _WIDENING:
                 _check_numbers((*args[3:], *kwargs.values()))
+            if isinstance(owner, str) and name == "join":
+                return _joined(owner, *args[3:], **kwargs)
+            if isinstance(owner, str) and name == "replace":
+                return _replaced(owner, *args[3:], **kwargs)
             return called(*args, **kwargs)
 
         def wrap_str_format(self, value: Any) -> Any:
@@ -150,10 +191,17 @@ def compile_template(source: str) -> Template:
             raise jinja2.exceptions.SecurityError("a format of thousands of characters")
         return str(value) % (kwargs or args)
 
+    def _join(value: Iterable[Any], d: Any = "", attribute: Any = None) -> str:
+        items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+        return _joined(str(d), map(str, items))
+
+    def _replace(s: Any, old: str, new: str, count: int | None = None) -> str:
+        return _replaced(str(s), str(old), str(new), count)
+
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     for name in environment.filters.keys() & set(_WIDENING):
         environment.filters[name] = _limited(environment.filters[name])
-    environment.filters |= {"tojson": _tojson, "format": _format}
+    environment.filters |= {"tojson": _tojson, "format": _format, "join": _join, "replace": _replace}
     del environment.globals["lipsum"]
     environment.globals |= {
         "raise_exception": raise_exception,
