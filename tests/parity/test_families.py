@@ -37,6 +37,7 @@ CASES = [
     ("Mistral3ForConditionalGeneration", "cpu"),
     ("LlavaNextForConditionalGeneration", "torch"),
     ("Gemma3ForConditionalGeneration", "torch"),  # a mask made by vmap
+    ("Qwen3_5ForConditionalGeneration", "torch"),  # pictures before a scan over the prompt
     ("Gemma4UnifiedForConditionalGeneration", "torch"),
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),

@@ -23,6 +23,8 @@ _TYPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
+    # The default, as in every published model: as long as the longest sequence.
+    "doge": {"keep_window_size": 2048},
     "dots1": {**_EXPERTS, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {
         "layer_types": ["indexed_attention", "sliding_attention"],

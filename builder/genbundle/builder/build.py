@@ -135,7 +135,7 @@ def _export(
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
         images = describe_images(loaded.processor, model.config)
-    token = image_token(captures)
+    token = image_token(model, captures)
     if token is not None and images is None:
         images = Images(input="pixel_values", reason="the bundle was built without the model's processor")
     if token is not None and images is not None and images.token_id is None:

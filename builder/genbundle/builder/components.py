@@ -90,6 +90,16 @@ def needed_inputs(
     return kept
 
 
+def runs(component: Component) -> bool:
+    """Whether the model's code takes the component's sample at all."""
+    try:
+        with torch.no_grad():
+            component.module(**component.sample)
+    except MODEL_ERRORS:
+        return False
+    return True
+
+
 def same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     """Whether both hold the same names with values equal to float rounding."""
     return found.keys() == expected.keys() and all(

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.attention import attention, group_query_attention, make_cache
-from genbundle.builder.layers import Layer, kept, open_layer
+from genbundle.builder.layers import Layer, open_layers, present
 
 
 class Decoder(torch.nn.Module):
@@ -43,18 +43,12 @@ class Decoder(torch.nn.Module):
         """Run the model's own forward over a cache made of the past inputs."""
         # Any tensor with the batch's size gives the empty ones theirs.
         like = inputs["input_ids"].to(torch.get_default_dtype())
-        past = []
-        for index, layer in enumerate(self.layers):
-            given = {name: inputs.pop(f"past_{index}_{name}") for name, _ in layer.shapes() if not self.begins}
-            past.append(open_layer(layer, None if self.begins else given, like, fused=self.fused))
+        past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins)
         cache = make_cache(past)
         attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model_of(self.model), attend):
             logits = self.call(inputs, cache)
-        outputs = {"logits": logits[:, -1:]}
-        for index, layer in enumerate(past):
-            outputs |= {f"present_{index}_{name}": tensor for name, tensor in kept(layer).items()}
-        return outputs
+        return {"logits": logits[:, -1:], **present(past)}
 
     def call(self, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
         """The logits of the model's forward."""

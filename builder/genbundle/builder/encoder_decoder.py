@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from genbundle.builder.attention import make_cache
-from genbundle.builder.components import Component, name_axes, same_tensors
+from genbundle.builder.components import Component, name_axes, runs, same_tensors
 from genbundle.builder.cut import forward_of
 from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
@@ -116,13 +116,20 @@ def encoder_decoder_components(
     if not all(layer.plain for layer in (*layers, *cross)):
         raise UnsupportedModelError(f"{name}: its decoder keeps more than keys and values, which can't be carried yet")
     encoder, fields = _encoder(model, captures)
+    # Not the encoder's length: what a model makes of its output before the cross-attention is its own business.
+    lengths = {item.step["past_key_values"].cross_attention_cache.layers[0].keys.shape[2] for item in captures}
+    length = lengths.pop() if len(lengths) == 1 else None
     output_type = type(captures[0].prompt["encoder_outputs"])
     begin, step = _call(name, captures, "prompt"), _call(name, captures, "step")
-    prompt = _decoder(model, layers, cross, encoder, fields, output_type, begin, begins=True)
-    decode = _decoder(model, layers, cross, encoder, fields, output_type, step, begins=False)
+    prompt = _decoder(model, layers, cross, encoder, fields, output_type, begin, length, begins=True)
+    decode = _decoder(model, layers, cross, encoder, fields, output_type, step, length, begins=False)
+    continues = runs(decode)
+    if not continues:
+        decode = _decoder(model, layers, cross, encoder, fields, output_type, step, length, begins=False, new=1)
     needs = {source.name for source in (*encoder.sources.values(), *begin.sources.values()) if source.kind == "user"}
     route = Route(programs=("encoder", "prompt"), needs=tuple(sorted(filter(None, needs - set(TEXT_INPUTS)))))
-    return [encoder, prompt, decode], Flow(prompt=(route,), step=("decode",), continues=True, capacity=capacity)
+    flow = Flow(prompt=(route,), step=("decode",), continues=continues, capacity=capacity)
+    return [encoder, prompt, decode], flow
 
 
 def _fields(output: Any) -> dict[str, torch.Tensor]:
@@ -216,25 +223,31 @@ def _same(given: Any, value: Any) -> bool:
 
 def _decoder(
     model: PreTrainedModel, layers: Sequence[Layer], cross: Sequence[Layer], encoder: Component,
-    fields: dict[str, torch.Tensor], output_type: type, call: Call, *, begins: bool,
+    fields: dict[str, torch.Tensor], output_type: type, call: Call, source_length: int | None, *, begins: bool,
+    new: int = NEW,
 ) -> Component:  # fmt: skip
-    """The decoder's first call, or its step; `fields` is what the encoder gave for its sample."""
+    """The decoder's first call, or its step, for `new` tokens.
+
+    fields: what the encoder gave for its sample. source_length: how many keys the cross-attention has; None where that
+    varies.
+    """
     sources = dict(call.sources)
-    sample: dict[str, torch.Tensor] = {"decoder_input_ids": torch.ones(BATCH, NEW, dtype=torch.long)}
-    axes: dict[str, dict[int, str]] = {"decoder_input_ids": {0: "batch", 1: "sequence"}, "logits": {0: "batch"}}
+    sequence = {} if new == 1 else {1: "sequence"}
+    sample: dict[str, torch.Tensor] = {"decoder_input_ids": torch.ones(BATCH, new, dtype=torch.long)}
+    axes: dict[str, dict[int, str]] = {"decoder_input_ids": {0: "batch", **sequence}, "logits": {0: "batch"}}
     for key, tensor in fields.items():
         axes[key] = dict(encoder.axes.get(key, {}))
         sizes = {axis: {"batch": BATCH, "source": _SOURCE}.get(name, 0) for axis, name in axes[key].items()}
         sample[key] = torch.zeros([sizes.get(axis) or size for axis, size in enumerate(tensor.shape)])
         sources[key] = Source(kind="state", name=key)
-    source_length = sample["encoder_last_hidden_state"].shape[1]
-    varies = source_length == _SOURCE
+    varies = source_length is None
+    source_length = source_length or _SOURCE
     for key, source in call.sources.items():
         if source.kind == "user":
             sample[key] = torch.ones(BATCH, source_length, dtype=torch.long)
             axes[key] = {0: "batch", **({1: "source"} if varies else {})}
         elif source.kind == "mask":
-            sample[key] = torch.ones(BATCH, NEW if begins else PAST + NEW, dtype=torch.long)
+            sample[key] = torch.ones(BATCH, new if begins else PAST + new, dtype=torch.long)
             axes[key] = {0: "batch", 1: "sequence" if begins else "total"}
     states: dict[str, str] = {}
     for index, layer in enumerate(cross):

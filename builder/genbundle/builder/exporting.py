@@ -32,7 +32,7 @@ _UNBOUNDED = 2**31
 _LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _TRIED = ((2, 2, 3), (3, 65, 64), (5, 700, 515), (4, 3, 2050))  # batch, new, past
-MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model's own code raises where it can't take its inputs."""
 Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 

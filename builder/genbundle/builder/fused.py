@@ -18,8 +18,8 @@ from genbundle.builder.decoder import Decoder
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.image_text import image_text_components, placeholder_token
 from genbundle.builder.inner import InnerPrompt, explain_inner
-from genbundle.builder.plan import Call, Capture, Inputs, Plan, capture, make_plan
-from genbundle.builder.programs import can_fuse_prompt, step_component, text_components, with_present
+from genbundle.builder.plan import Call, Capture, Inputs, Plan, capture
+from genbundle.builder.programs import can_fuse_prompt, make_decoder_plan, step_component, text_components, with_present
 from genbundle.builder.samples import generates_from_text_alone
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
@@ -145,22 +145,22 @@ def decoder_components(
     """
     if captures[0].inner is not None:
         inner = captures[0].inner[0]
-        plan = make_plan(inner, captures)
+        plan = make_decoder_plan(inner, captures)
         call, handed = explain_inner(model, captures, plan.step)
         plan = replace(plan, prompt=call)
         return fused_components(model, plan, captures, fuse=fuse, capacity=capacity, inner=inner, handed=handed)
     if not any(item.prompt.get("mm_encoder_outputs") for item in captures):
-        plan = make_plan(model, captures)
+        plan = make_decoder_plan(model, captures)
         if plan.prompt is None or not plan.prompt.media:
             return text_components(model, plan, captures, fuse=fuse, capacity=capacity)
         return fused_components(model, plan, captures, fuse=fuse, capacity=capacity)
     try:
-        plan, alone = make_plan(model, captures), generates_from_text_alone(model)
+        plan, alone = make_decoder_plan(model, captures), generates_from_text_alone(model)
         return image_text_components(model, plan, captures, fuse=fuse, capacity=capacity, text_alone=alone)
     except _FAILURES as error:
         try:
             whole = capture_whole(model, [item.inputs for item in captures])
-            return fused_components(model, make_plan(model, whole), whole, fuse=fuse, capacity=capacity)
+            return fused_components(model, make_decoder_plan(model, whole), whole, fuse=fuse, capacity=capacity)
         except UnsupportedModelError as second:
             raise UnsupportedModelError(f"{_told(error)}; as one program: {second}") from second
 
@@ -189,7 +189,7 @@ def fused_components(
 
     samples = [_tensors(item, plan.prompt.sources) for item in captures]
     try:
-        token, features = _placeholder(Fused(decoder(fused=False)).eval(), captures, samples)
+        token, features = _placeholder(model, Fused(decoder(fused=False)).eval(), captures, samples)
     except _FAILURES as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its prompt can't be computed by one program: {_told(error)}"
@@ -260,7 +260,7 @@ def _tensors(item: Capture, sources: Mapping[str, Source]) -> dict[str, torch.Te
 
 
 def _placeholder(
-    module: Fused, captures: list[Capture], samples: list[dict[str, torch.Tensor]]
+    model: PreTrainedModel, module: Fused, captures: list[Capture], samples: list[dict[str, torch.Tensor]]
 ) -> tuple[int | None, int | None]:
     """The token that stands for the features of one `masked_scatter`, and which one; None without one."""
     counts = []
@@ -269,7 +269,7 @@ def _placeholder(
             module.decoder(**sample)
         counts.append([len(features) for features in scattered])
     for index, each in enumerate(zip(*counts, strict=False)):
-        token = placeholder_token(captures, list(each))
+        token = placeholder_token(model, captures, list(each))
         if token is not None:
             return token, index
     return None, None

@@ -1,6 +1,7 @@
 """The programs of an image-text model: encoder (with projector), merge, prompt, and decode for the steps."""
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,16 +10,18 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, same_tensors
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
+from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
 from genbundle.builder.plan import Capture, Plan, constant_arguments
-from genbundle.builder.programs import can_fuse_prompt, step_component, with_present
+from genbundle.builder.programs import by_token, can_fuse_prompt, of_length, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS
 from genbundle.runtime.positions import POSITION_INPUTS
 
 MODALITY = "image"
+_TOKEN_NAME = re.compile(r"(?!bos|eos|pad|decoder)\w+_token_(id|index)")
 _STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
 
 
@@ -86,10 +89,14 @@ def image_text_components(
         *(source.name for source in encoder.sources.values() if source.kind == "user"),
         *_guiding(encoder),
     }
-    picture = Route(programs=(encoder.name, "merge", "prompt"), needs=tuple(sorted(filter(None, needs))))
-    text = Route(programs=("decode",), one_by_one=not plan.continues)
-    routes = (picture, text) if text_alone else (picture,)
-    flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
+    picture = Route(programs=(encoder.name, "merge", prompt.name), needs=tuple(sorted(filter(None, needs))))
+    routes = [picture]
+    if prompt.alternative is not None:
+        by_token = (encoder.name, "merge", prompt.alternative.name)
+        routes.append(replace(picture, programs=by_token, one_by_one=True))
+    if text_alone:
+        routes.append(Route(programs=("decode",), one_by_one=not plan.continues))
+    flow = Flow(prompt=tuple(routes), step=("decode",), continues=plan.continues, capacity=capacity)
     return [encoder, merged, prompt, decode], flow
 
 
@@ -119,18 +126,25 @@ def _unread(captures: list[Capture], used: set[str | None]) -> dict[str, Input]:
     return guides
 
 
-def placeholder_token(captures: list[Capture], counts: list[int]) -> int | None:
-    """The one token that stands in every captured prompt as often as `counts`, its features, says; None without one."""
+def placeholder_token(model: PreTrainedModel, captures: list[Capture], counts: list[int]) -> int | None:
+    """The one token that stands in every captured prompt as often as `counts`, its features, says; None without one.
+
+    Of several, the one that the model's config names (`image_token_id`, `audio_token_index`).
+    """
     candidates = captures[0].inputs["input_ids"].unique().tolist()
     found = [
         token
         for token in candidates
         if all(int((c.inputs["input_ids"] == token).sum()) == n for c, n in zip(captures, counts, strict=True))
     ]
+    if len(found) > 1:
+        configs = (model.config.to_dict(), model.config.get_text_config().to_dict())
+        named = {value for config in configs for name, value in config.items() if _TOKEN_NAME.fullmatch(name)}
+        found = [token for token in found if token in named]
     return found[0] if len(found) == 1 else None
 
 
-def image_token(captures: list[Capture]) -> int | None:
+def image_token(model: PreTrainedModel, captures: list[Capture]) -> int | None:
     """The placeholder token of pictures; None for captures without pictures or without such a token."""
     outputs = [item.prompt.get("mm_encoder_outputs", {}).get(MODALITY) for item in captures]
     if any(output is None for output in outputs):
@@ -141,7 +155,7 @@ def image_token(captures: list[Capture]) -> int | None:
         found = output.last_hidden_state if pooled is None else pooled
         pieces = found if isinstance(found, list | tuple) else [found]
         counts.append(sum(piece.shape[:-1].numel() for piece in pieces))
-    return placeholder_token(captures, counts)
+    return placeholder_token(model, captures, counts)
 
 
 def _features(model: PreTrainedModel, output: Any, inputs: dict, constants: dict) -> list[Features]:
@@ -212,4 +226,11 @@ def _prompt_component(
         sources=prompt_sources,
         fusions=fused or not fuse,
     )
-    return with_present(prompt, plan.layers, "sequence")
+    prompt = with_present(prompt, plan.layers, "sequence")
+    if all(layer.plain for layer in plan.layers):
+        return prompt
+    # Other state than keys and values is computed in chunks or a scan: a loop over the length.
+    whole = Prompt(model, template, plan.layers, fused=False).eval()
+    obstacle = loop_over_length(whole, lambda length: of_length(recorded[0], prompt.axes, length))
+    part = Prompt(model, template, plan.layers, fused=False, begins=False).eval()
+    return replace(prompt, obstacle=obstacle, alternative=by_token(prompt, part, plan.layers))

@@ -1,6 +1,6 @@
 """What a model's layers carry from call to call, and cache layers that begin with given tensors of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from genbundle.bundles import UnsupportedModelError
 
 Tensors = Mapping[str, torch.Tensor]
 GROWING = ("key", "value")
+POSITIONS = "positions"  # of integers, where all else are floating-point numbers
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
@@ -30,13 +31,15 @@ class Layer:
     """What one layer keeps of a sequence.
 
     attention: `(heads, width)` of its keys and of its values, for every token; None without attention. index: the width
-    of the keys by which sparse attention picks tokens, one for every token. states: tensors of a fixed size, by kind
+    of the keys by which sparse attention picks tokens, one for every token; positions: how many numbers each token's
+    position has that it keeps beside them, None where it keeps none. states: tensors of a fixed size, by kind
     and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many of each the layer has
     room for.
     """
 
     attention: tuple[tuple[int, int], tuple[int, int]] | None = None
     index: int | None = None
+    positions: int | None = None
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
     numbers: int = 0
 
@@ -51,6 +54,8 @@ class Layer:
             yield kind, (heads, None, width)
         if self.index is not None:
             yield "index", (None, self.index)
+        if self.positions is not None:
+            yield POSITIONS, (self.positions, None)
         yield from self.states.items()
 
 
@@ -66,8 +71,7 @@ def _describe(layer: Any, name: str) -> Layer:
     if kind is DummyLayer:
         return Layer()
     indexer = getattr(layer, "indexer_keys", None)
-    if getattr(layer, "indexer_position_ids", None) is not None:
-        raise UnsupportedModelError(f"{name} keeps positions of its index, which can't be carried yet")
+    positions = getattr(layer, "indexer_position_ids", None)
     if kind not in (*_ATTENTION, *_BOTH, LinearAttentionLayer):
         raise UnsupportedModelError(f"{name} keeps a {kind.__name__}, which can't be carried yet")
     attention = None
@@ -82,7 +86,13 @@ def _describe(layer: Any, name: str) -> Layer:
             if tensor is not None:
                 states[f"{group}_{number}"] = tuple(tensor.shape[1:])
     index = None if indexer is None else indexer.shape[2]
-    return Layer(attention=attention, index=index, states=states, numbers=getattr(layer, "number_of_states", 0))
+    return Layer(
+        attention=attention,
+        index=index,
+        positions=None if positions is None else positions.shape[0],
+        states=states,
+        numbers=getattr(layer, "number_of_states", 0),
+    )
 
 
 class LinearState(LinearAttentionLayer):
@@ -140,12 +150,14 @@ class LinearAndPast(LinearState, PastLayer):
 
 
 class IndexedPast(PastLayer):
-    """A growing layer with an index `[batch, length, width]` beside its keys."""
+    """A growing layer with an index `[batch, length, width]` beside its keys, and maybe the positions of its tokens,
+    `[batch, numbers, length]`."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, positions: torch.Tensor | None):
         super().__init__(keys, values)
         self.indexer_keys, self.is_indexer_initialized = index, True
-        self.indexer_position_ids = None
+        # The model keeps the batch behind the numbers.
+        self.indexer_position_ids = None if positions is None else positions.transpose(0, 1)
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """The index with the new tokens' keys appended."""
@@ -168,10 +180,30 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
         keys, values = (given[kind] for kind in GROWING)
     if layer.index is not None:
         index = like.new_zeros(like.shape[0], 0, layer.index) if given is None else given["index"]
-        return IndexedPast(keys, values, index)
+        return IndexedPast(keys, values, index, None if given is None else given.get(POSITIONS))
     if layer.states:
         return LinearAndPast(layer, given, keys, values)
     return FusedLayer(keys, values) if fused else PastLayer(keys, values)
+
+
+def open_layers(
+    layers: Sequence[Layer], inputs: dict[str, torch.Tensor], like: torch.Tensor, *, fused: bool, begins: bool
+) -> list[Any]:
+    """Cache layers that begin with the past taken out of a program's `inputs`, `past_<layer>_<what>`.
+
+    like: as `open_layer` takes it. begins: there is no past.
+    """
+    opened = []
+    for index, layer in enumerate(layers):
+        given = None if begins else {name: inputs.pop(f"past_{index}_{name}") for name, _ in layer.shapes()}
+        opened.append(open_layer(layer, given, like, fused=fused))
+    return opened
+
+
+def present(cache_layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """What layers that `open_layers` made keep after the call: a program's outputs `present_<layer>_<what>`."""
+    found = (kept(layer).items() for layer in cache_layers)
+    return {f"present_{index}_{name}": tensor for index, items in enumerate(found) for name, tensor in items}
 
 
 def kept(cache_layer: Any) -> dict[str, torch.Tensor]:
@@ -181,6 +213,8 @@ def kept(cache_layer: Any) -> dict[str, torch.Tensor]:
         found |= zip(GROWING, cache_layer.present(), strict=True)
     if isinstance(cache_layer, IndexedPast):
         found["index"] = cache_layer.indexer_keys
+        if cache_layer.indexer_position_ids is not None:
+            found[POSITIONS] = cache_layer.indexer_position_ids.transpose(0, 1)
     if isinstance(cache_layer, LinearState):
         found |= cache_layer.states()
     return found

@@ -19,7 +19,7 @@ from genbundle.builder.cut import forward_of
 from genbundle.builder.decoder import language_model_of
 from genbundle.builder.encoders import Features
 from genbundle.builder.exporting import MODEL_ERRORS
-from genbundle.builder.layers import Layer, kept, open_layer
+from genbundle.builder.layers import Layer, open_layers, present
 from genbundle.bundles import UnsupportedModelError
 
 _FLAGS = {"use_cache", "past_key_values", "return_dict"}
@@ -105,12 +105,21 @@ class Prompt(torch.nn.Module):
     """`model`'s forward from its language model on: the merge's tensors to the last position's logits and the present.
 
     template: the language model's kwargs as the merge recorded them; each tensor in it is replaced by the input of its
-    path. With `fused`, attention becomes GroupQueryAttention, which only traces.
+    path. With `fused`, attention becomes GroupQueryAttention, which only traces. begins: the whole prompt in one call,
+    without a past; else any part of it, behind the past inputs of `Decoder`.
     """
 
-    def __init__(self, model: PreTrainedModel, template: Mapping[str, Any], layers: Sequence[Layer], *, fused: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        template: Mapping[str, Any],
+        layers: Sequence[Layer],
+        *,
+        fused: bool,
+        begins: bool = True,
+    ):
         super().__init__()
-        self.model, self.config, self.fused = model, model.config, fused
+        self.model, self.config, self.fused, self._begins = model, model.config, fused, begins
         self._template = {name: value for name, value in template.items() if name not in _FLAGS}
         self._layers = tuple(layers)
 
@@ -118,7 +127,7 @@ class Prompt(torch.nn.Module):
         """Logits `[batch, 1, vocabulary]` and the present of every layer."""
         embeds = inputs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        layers = [open_layer(layer, None, embeds, fused=self.fused) for layer in self._layers]
+        layers = open_layers(self._layers, inputs, embeds, fused=self.fused, begins=self._begins)
         cache = make_cache(layers)
         language_model = language_model_of(self.model)
         original = language_model.forward
@@ -129,13 +138,11 @@ class Prompt(torch.nn.Module):
 
         attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model, attend), forward_of(language_model, resume):
-            # What stands before the language model is dead code here: any ids do.
+            # What stands before the language model is dead code here: any ids do, and a cache that is at its beginning.
             ids = torch.zeros(batch, length, dtype=torch.long)
-            logits = self.model(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1).logits
-        outputs = {"logits": logits[:, -1:]}
-        for index, layer in enumerate(layers):
-            outputs |= {f"present_{index}_{name}": tensor for name, tensor in kept(layer).items()}
-        return outputs
+            empty = make_cache(open_layers(self._layers, {}, embeds, fused=False, begins=True))
+            logits = self.model(input_ids=ids, use_cache=True, past_key_values=empty, logits_to_keep=1).logits
+        return {"logits": logits[:, -1:], **present(layers)}
 
 
 def tensors_of(kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

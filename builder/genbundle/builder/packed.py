@@ -6,8 +6,9 @@ pieces end, which a mask says as well: towers take ours for one.
 """
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -21,10 +22,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genbundle.builder.components import Component, same_tensors
 from genbundle.builder.cut import forward_of
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Input, Source
 
 OFFSETS = "cu_seqlens"
+_THROUGH_ALL = ("vision_windows", "vision_blocks", "vision_pairs", "image_tiles", "kept_rows")
+"""Preparers whose values count rows through all frames, so that no frame can be taken alone."""
 _NAME = "genbundle_flash_packed"
 _LENGTHS = ("max_seqlen", "max_window_seqlen")  # which flash attention would ask for, ours doesn't
 
@@ -37,6 +41,20 @@ def segment_attention(
     places = torch.arange(query.shape[2], dtype=cu_seq_lens_q.dtype)
     segments = (places[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
     mask = (segments[:, None] == segments[None, :])[None, None]
+    return _attend(query, key, value, mask, scaling)
+
+
+def frame_attention(
+    _module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
+    scaling: float | None = None, **__: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of each patch to all: the same for a single frame."""
+    return _attend(query, key, value, None, scaling)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> tuple[torch.Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
@@ -45,13 +63,17 @@ def segment_attention(
 
 
 class Packed(torch.nn.Module):
-    """An encoder whose towers' attention takes all patches at once, with a mask where frames and windows end."""
+    """An encoder whose towers' attention takes all patches at once, with a mask where frames and windows end.
 
-    def __init__(self, module: torch.nn.Module):
+    The models' own forwards stay, where upstream puts one for all that leaves out what some of them do: it normalizes
+    no queries and keys that one product made (GLM-OCR, Dots3-Note).
+    """
+
+    def __init__(self, module: torch.nn.Module, attention: Callable[..., Any] = segment_attention):
         super().__init__()
+        self._attention = attention
         self.module, self.config = module, getattr(module, "config", None)
         self._towers = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-        # The models' own forwards, which upstream would replace while exporting.
         self._forwards = [
             (part, _undivided(part))
             for part in module.modules()
@@ -63,7 +85,7 @@ class Packed(torch.nn.Module):
         with ExitStack() as stack:
             for part, forward in self._forwards:
                 stack.enter_context(forward_of(part, forward))
-            stack.enter_context(_attention(self._towers))
+            stack.enter_context(_attention(self._towers, self._attention))
             return self.module(**inputs, **dict.fromkeys(_LENGTHS, 1))
 
 
@@ -76,10 +98,10 @@ def _undivided(part: torch.nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def _attention(towers: list[PreTrainedModel]) -> Iterator[None]:
-    """Inside, the towers' attention is `segment_attention`, under a name that they take for a flash attention."""
+def _attention(towers: list[PreTrainedModel], attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the towers' attention is the one given, under a name that they take for a flash attention."""
     before = [(tower.config, tower.config._attn_implementation) for tower in towers]
-    ALL_ATTENTION_FUNCTIONS[_NAME] = segment_attention
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attention
     try:
         for config, _ in before:
             # set_attn_implementation would look for a kernel library of that name.
@@ -172,7 +194,11 @@ def in_pieces(component: Component) -> Component:
         return _picture_by_picture(replace(component, guides={}))
     divided = _divided(component)
     if divided is not None and not steering(component):
-        return _frames(component, OneFrame(component).eval(), divided, {})
+        own = replace(component, module=Packed(component.module, frame_attention).eval())
+        try:
+            return _frames(component, OneFrame(own).eval(), divided, {})
+        except (UnsupportedModelError, *MODEL_ERRORS):  # towers that know no flash attention
+            return _frames(component, OneFrame(component).eval(), divided, {})
     packed = all_frames(component)
     if not _reads_numbers(packed):
         return packed
@@ -196,8 +222,7 @@ def _divided(component: Component) -> list[str] | None:
     """The inputs with a row per patch; None where there are others that can't be divided between frames."""
     total = int(component.sample[OFFSETS][-1])
     rest = [name for name in component.sample if name != OFFSETS and not _steers(name, component)]
-    # An order of the patches counts through all frames.
-    blocked = any(component.sources[name].rule in ("vision_windows", "vision_blocks") for name in rest)
+    blocked = any(component.sources[name].rule in _THROUGH_ALL for name in rest)
     return None if blocked or any(component.sample[name].shape[0] != total for name in rest) else rest
 
 
@@ -239,33 +264,31 @@ def _sized_frames(component: Component, names: list[str], merge: int) -> Compone
     if any(_steers(name, component) and name not in (*grids, *component.guides) for name in component.sample):
         return None
     module = SizedFrame(component, grids[0], merge).eval()
-    grid = component.sample[grids[0]][0].tolist()
-    if grid[1] % merge or grid[2] % merge:
+    if (component.sample[grids[0]][:, 1:] % merge).any():
         return None
-    shape = (grid[1] // merge, grid[2] // merge, merge * merge)
     try:
-        return _frames(component, module, names, {"grid": grids[0], "merge": merge}, shape)
+        return _frames(component, module, names, {"grid": grids[0], "merge": merge})
     except (AttributeError, TypeError):
         return None  # it takes the grid for a tensor
 
 
-def _frames(
-    component: Component, module: OneFrame, names: list[str], options: dict[str, Any], shape: tuple[int, ...] = ()
-) -> Component:
-    """`component` as a program `module` for one frame, with the sample's first; `shape` in which its rows go in."""
-    rows = int(component.sample[OFFSETS][1])
-    sample = {name: component.sample[name][:rows] for name in names}
-    if shape:
-        sample = {name: value.reshape(*shape, *value.shape[1:]) for name, value in sample.items()}
-    with torch.no_grad():
-        whole, first = component.module(**component.sample), module(**sample)
-    if not _begins_with(whole, first):
-        raise UnsupportedModelError(
-            f"{component.name}: one frame alone doesn't give the features that it gives in a row"
-        )
+def _frames(component: Component, module: OneFrame, names: list[str], options: dict[str, Any]) -> Component:
+    """`component` as a program `module` for one frame, with the sample's first; `options` as runtime/pieces.py reads
+    them, where rows go in by the frame's size."""
+    offsets = component.sample[OFFSETS].tolist()
+    frames = [{name: component.sample[name][a:b] for name in names} for a, b in itertools.pairwise(offsets)]
+    if options:
+        grid = component.sample[options["grid"]]
+        merge = options["merge"]
+        sizes = [(height // merge, width // merge) for count, height, width in grid.tolist() for _ in range(count)]
+        frames = [
+            {name: value.reshape(*size, merge * merge, *value.shape[1:]) for name, value in frame.items()}
+            for frame, size in zip(frames, sizes, strict=True)
+        ]
+    sample, (first, *_) = frames[0], _expect_same(component, module, frames, "frame")
     sources = {name: _with(component.sources[name], {"pieces": OFFSETS, **options}) for name in names}
     guides = {OFFSETS: _guide(component, OFFSETS, "offsets", ("offsets",))}
-    axes = {0: "height", 1: "width"} if shape else None
+    axes = {0: "height", 1: "width"} if options else None
     if options:
         guides[options["grid"]] = _guide(component, options["grid"], "grid", ("pictures", 3))
         guides |= {name: component.guides[name] for name in set(module.rest) - {options["grid"]}}
@@ -292,17 +315,12 @@ def _picture_by_picture(component: Component) -> Component:
     if pictures.dim() != 4 or component.sample[size].shape != (len(pictures), 2):
         raise UnsupportedModelError(f"{component.name}: what it reads of its {size!r} can't be traced")
     module = OnePicture(component.module, size).eval()
-    height, width = component.sample[size][0].tolist()
-    sample = {name: pictures[:1, :, :height, :width]}
+    own = enumerate(component.sample[size].tolist())
+    parts = [{name: pictures[index : index + 1, :, :height, :width]} for index, (height, width) in own]
     try:
-        with torch.no_grad():
-            whole, first = component.module(**component.sample), module(**sample)
+        sample, (first, *_) = parts[0], _expect_same(component, module, parts, "picture")
     except (AttributeError, TypeError) as error:
         raise UnsupportedModelError(f"{component.name}: what it reads of its {size!r} can't be traced") from error
-    if not _begins_with(whole, first):
-        raise UnsupportedModelError(
-            f"{component.name}: one picture alone doesn't give the features that it gives in a row"
-        )
     return replace(
         component,
         module=module,
@@ -318,11 +336,13 @@ def _one_by_one(component: Component) -> Component | None:
     count = {len(value) for value in component.sample.values()}
     if len(count) != 1 or any(value.dim() != 4 for value in component.sample.values()):
         return None
-    sample = {name: value[:1] for name, value in component.sample.items()}
-    with torch.no_grad():
-        whole, first = component.module(**component.sample), component.module(**sample)
-    if not _begins_with(whole, first):
+    rows = range(count.pop())
+    parts = [{name: value[row : row + 1] for name, value in component.sample.items()} for row in rows]
+    try:
+        _expect_same(component, component.module, parts, "picture")
+    except UnsupportedModelError:
         return None
+    sample = parts[0]
     return replace(
         component,
         sample=sample,
@@ -334,9 +354,19 @@ def _one_by_one(component: Component) -> Component | None:
     )
 
 
-def _begins_with(whole: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the features of the first frame or picture are the first of all of them."""
-    return same_tensors(first, {name: value[: len(first[name])] for name, value in whole.items()})
+def _expect_same(
+    component: Component, module: torch.nn.Module, parts: list[dict[str, torch.Tensor]], piece: str
+) -> list[dict[str, torch.Tensor]]:
+    """What `module` gives for each part of the sample; UnsupportedModelError where, joined, it isn't what `component`
+    gives for all of it."""
+    with torch.no_grad():
+        whole, found = component.module(**component.sample), [module(**part) for part in parts]
+    joined = {name: torch.cat([each[name] for each in found]) for name in whole}
+    if not same_tensors(joined, whole):
+        raise UnsupportedModelError(
+            f"{component.name}: one {piece} alone doesn't give the features that it gives in a row"
+        )
+    return found
 
 
 def _with(source: Source, options: dict[str, Any]) -> Source:

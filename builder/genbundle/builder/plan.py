@@ -60,17 +60,19 @@ class Call:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How the runtime calls the decoder for a step and for a prompt of text alone (None with encoders), what its layers
-    carry, and the forward argument that takes it."""
+    carry, and the forward argument that takes it. single: the model's code takes one new token after a past, no more.
+    """
 
     step: Call
     prompt: Call | None
     layers: tuple[Layer, ...]
     cache_argument: str = "past_key_values"
+    single: bool = False
 
     @property
     def continues(self) -> bool:
         """Whether the decoder takes several new tokens after a past."""
-        return all(layer.plain for layer in self.layers)
+        return not self.single and all(layer.plain for layer in self.layers)
 
     @property
     def one_program(self) -> bool:

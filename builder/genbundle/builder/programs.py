@@ -1,22 +1,30 @@
 """The programs of a text decoder, and what every decoder program has: sample, past, present."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.attention import observe_attention
-from genbundle.builder.components import Component
+from genbundle.builder.components import Component, runs
 from genbundle.builder.decoder import Decoder, language_model_of
-from genbundle.builder.layers import Layer
+from genbundle.builder.layers import POSITIONS, Layer
 from genbundle.builder.lengths import loop_over_length
-from genbundle.builder.plan import Call, Capture, Plan
+from genbundle.builder.plan import Call, Capture, Plan, make_plan
 from genbundle.bundles.manifest import Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
 BATCH, NEW, PAST, _PROMPT = 2, 3, 5, 9
+
+
+def make_decoder_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
+    """`make_plan`, with whether the model's code takes several new tokens after a past."""
+    plan = make_plan(model, captures)
+    if not plan.continues:
+        return plan
+    return replace(plan, single=not runs(step_component(model, plan, captures, fuse=False)))
 
 
 def text_components(
@@ -157,10 +165,49 @@ def with_past(component: Component, layers: Sequence[Layer], size: int = PAST) -
     for index, layer in enumerate(layers):
         for kind, shape in layer.shapes():
             past = f"past_{index}_{kind}"
-            sample[past] = torch.zeros(BATCH, *(size if fixed is None else fixed for fixed in shape))
+            dtype = torch.long if kind == POSITIONS else torch.get_default_dtype()
+            sample[past] = torch.zeros(BATCH, *(size if fixed is None else fixed for fixed in shape), dtype=dtype)
             axes[past] = _state_axes(shape, "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
     return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")
+
+
+def of_length(
+    sample: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], length: int
+) -> dict[str, torch.Tensor]:
+    """A prompt program's sample with as many tokens as asked for, those it has over and over."""
+    found = {}
+    for name, tensor in sample.items():
+        for axis, symbol in axes.get(name, {}).items():
+            if symbol == "sequence":
+                tensor = tensor.index_select(axis, torch.arange(length) % tensor.shape[axis])
+        found[name] = tensor
+    return found
+
+
+def by_token(prompt: Component, module: torch.nn.Module, layers: Sequence[Layer]) -> Component | None:
+    """The program `token`: the same as `prompt` for one token of it after another, by a `module` that takes a past too.
+
+    None where something goes into the prompt that doesn't belong to its tokens, such as features of pictures.
+    """
+    sample, axes = {}, {}
+    for name, tensor in prompt.sample.items():
+        named = prompt.axes.get(name, {})
+        if set(named.values()) - {"batch", "sequence"}:
+            return None
+        # Of a mask of queries and keys, a token's row up to itself; of one of tokens, what has been until then.
+        growing = prompt.sources[name].kind == "mask"
+        kept = {}
+        for axis, symbol in sorted(named.items()):
+            indices = torch.zeros(BATCH) if symbol == "batch" else torch.arange(PAST + 1) % tensor.shape[axis]
+            if symbol == "sequence" and not growing:
+                indices, growing = indices[-1:], True
+            else:
+                kept[axis] = "batch" if symbol == "batch" else "total"
+            tensor = tensor.index_select(axis, indices.long())
+        sample[name], axes[name] = tensor, kept
+    axes["logits"] = prompt.axes["logits"]
+    return with_past(replace(prompt, name="token", module=module, sample=sample, axes=axes, states={}), layers)
 
 
 def _state_axes(shape: Sequence[int | None], symbol: str) -> dict[int, str]:

@@ -44,7 +44,7 @@ def picture_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[
     if not features or features[0].path != ("pooler_output",):
         raise UnsupportedModelError("image_encoder: get_image_features gave no pooler_output to take features from")
     counts = [math.prod(features[0].read(output).shape[:-1]) for output in outputs]
-    placeholder = placeholder_token(captures, counts)
+    placeholder = placeholder_token(model, captures, counts)
     if placeholder is None:
         raise UnsupportedModelError(
             f"merge: no token stands {counts} times in the prompts, once for each image feature"

@@ -95,8 +95,8 @@ class Route:
     """The programs that take a prompt when the user inputs `needs` (besides text) are given.
 
     Of several, the one that needs most is taken. one_by_one: `programs` take a prompt's first token and the step's each
-    further one, without padding, so that a prompt goes through them token by token, row by row. padded: padding goes
-    through like any other token, since the model itself takes it so.
+    further one, without padding, so that a prompt goes through them token by token, row by row; of several programs,
+    only the last goes by token. padded: padding goes through like any other token, since the model itself takes it so.
     """
 
     programs: tuple[str, ...]

@@ -158,12 +158,13 @@ def compile_template(source: str) -> Template:
         def call(*args, **kwargs) -> Any:
             # `self`, the context, what is called, and its own arguments, which may have any name.
             name, owner = getattr(args[2], "__name__", ""), getattr(args[2], "__self__", None)
+            given: tuple[Any, ...] = args[3:]
             if name in _WIDENING:
-                _check_numbers((*args[3:], *kwargs.values()))
+                _check_numbers((*given, *kwargs.values()))
             if isinstance(owner, str) and name == "join":
-                return _joined(owner, *args[3:], **kwargs)
+                return _joined(owner, *given, **kwargs)
             if isinstance(owner, str) and name == "replace":
-                return _replaced(owner, *args[3:], **kwargs)
+                return _replaced(owner, *given, **kwargs)
             return called(*args, **kwargs)
 
         def wrap_str_format(self, value: Any) -> Any:

@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,8 @@ class Wiring:
         inputs that no route takes, of another shape than the programs', or whose placeholders don't match.
         """
         route = self._route(inputs)
+        if route.one_by_one and len(route.programs) > 1:
+            return self._begin(inputs, route)
         if route.one_by_one:
             ids = inputs["input_ids"]
             first = {name: inputs[name][:, :1] for name in ("input_ids", "attention_mask")}
@@ -97,7 +99,7 @@ class Wiring:
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
         with self._one_at_a_time:
             self._running = sequences
-            return call.run(route.programs), sequences
+            return call.run(route.programs, by_token=route.one_by_one), sequences
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
@@ -221,27 +223,53 @@ class _Call:
         self, wiring: Wiring, inputs: dict[str, np.ndarray], sequences: Sequences, tokens: np.ndarray, *, first: bool
     ):
         self.wiring, self.inputs, self.sequences, self.tokens, self.first = wiring, inputs, sequences, tokens, first
+        self.place: int | None = None  # of the one token that goes through the programs now; None for all of them
         self.values: dict[str, Tensor] = {}
         self.positions: dict[str, np.ndarray] = {}
         self.prepared: dict[str, dict[str, np.ndarray]] = {}
 
-    def run(self, names: Iterable[str]) -> np.ndarray:
-        """Run the programs; the logits of the last position, `[batch, vocabulary]`."""
-        backend, state = self.wiring.backend, self.sequences.state
-        for name in names:
-            entry = self.wiring.entry(name)
-            feeds = {item.name: self.value(item, name) for item in entry.inputs if self._wanted(item)}
-            outputs = pieces.call(entry, backend.program(name), feeds, backend.to_numpy)
-            self.values.update(outputs)
-            if "encoder" in entry.roles:
-                self._check_placeholders(entry, outputs)
-            replaced = self.wiring.state_outputs(name)
-            if replaced:
-                state.update(outputs, replaced)
-        state.length += self.tokens.shape[1]
+    def run(self, names: Sequence[str], *, by_token: bool = False) -> np.ndarray:
+        """Run the programs, the last one for each token if `by_token`; the last position's logits
+        `[batch, vocabulary]`."""
+        *before, last = names
+        for name in before:
+            self._run(name)
+        if by_token:
+            for place in range(self.tokens.shape[1]):
+                self.place = place
+                self._run(last)
+        else:
+            self._run(last)
+        self.sequences.state.length += self.tokens.shape[1]
         self.sequences.positions.update({rule: ids[..., -1:] for rule, ids in self.positions.items()})
-        logits = backend.to_numpy(self.values["logits"])
+        logits = self.wiring.backend.to_numpy(self.values["logits"])
         return logits[:, -1] if logits.ndim == 3 else logits
+
+    def _run(self, name: str) -> None:
+        backend, entry = self.wiring.backend, self.wiring.entry(name)
+        feeds = {item.name: self._part(item, name) for item in entry.inputs if self._wanted(item)}
+        outputs = pieces.call(entry, backend.program(name), feeds, backend.to_numpy)
+        self.values.update(outputs)
+        if "encoder" in entry.roles:
+            self._check_placeholders(entry, outputs)
+        replaced = self.wiring.state_outputs(name)
+        if replaced:
+            self.sequences.state.update(outputs, replaced)
+
+    def _part(self, item: Input, program: str) -> Tensor:
+        """The value of one program input; where one token goes through the program, what belongs to it.
+
+        That is its place along axes of one that are as long as the prompt, and all until there along those that grow.
+        """
+        value = self.value(item, program)
+        if self.place is None or item.source.kind == "state":
+            return value
+        array = self.wiring.backend.to_numpy(value)
+        for axis, size in enumerate(item.shape):
+            if array.shape[axis] == self.tokens.shape[1] and size in (1, "total"):
+                places = slice(self.place if size == 1 else 0, self.place + 1)
+                array = array[(slice(None),) * axis + (places,)]
+        return np.ascontiguousarray(array)
 
     def value(self, item: Input, program: str) -> Tensor:
         """The value of one program input."""

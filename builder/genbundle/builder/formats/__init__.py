@@ -57,6 +57,8 @@ def lower_each(
                 lowered = lower(component)
         except UnsupportedModelError as error:
             if component.alternative is not None:
+                if component.alternative.name != component.name:
+                    notes.append(f"the program {component.alternative.name!r} takes its place: {error}")
                 yield from lower_each([component.alternative], lower, progress, notes)
                 continue
             if not component.optional:
