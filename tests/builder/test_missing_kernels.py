@@ -2,6 +2,7 @@
 
 import torch
 
+from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
 
 
@@ -23,3 +24,44 @@ def test_the_same_from_other_operators() -> None:
 def test_a_program_without_them_is_left_alone() -> None:
     program = torch.export.export(torch.nn.ReLU(), (torch.zeros(3),))
     assert replace_missing_kernels(program) is program
+
+
+class Orders(torch.nn.Module):
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        orders = [torch.argsort(x, dim=1, descending=each, stable=True) for each in (False, True)]
+        return *orders, torch.argsort(x.flatten()), *(torch.bucketize(x, edges, right=each) for each in (False, True))
+
+
+def test_orders_of_integers_keep_equal_ones() -> None:
+    values, edges = torch.tensor([[3, 1, 3, 0, 1], [2, 2, -4, 9, 2]]), torch.tensor([0, 1, 3])
+    replaced = replace_missing_kernels(torch.export.export(Orders(), (values, edges)))
+    assert not {node.target for node in replaced.graph.nodes} & {
+        torch.ops.aten.argsort.default, torch.ops.aten.sort.stable, torch.ops.aten.bucketize.Tensor
+    }  # fmt: skip
+    found, expected = replaced.module()(values, edges), Orders()(values, edges)
+    torch.testing.assert_close(found[:2], expected[:2])
+    torch.testing.assert_close(values.flatten()[found[2]], values.flatten()[expected[2]])
+    torch.testing.assert_close(found[3:], expected[3:])
+
+
+class Halves(torch.nn.Module):
+    """One packed weight for two layers, and a layer of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.bias = torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(8))
+        self.between = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.nn.functional.linear(x, self.packed[:4], self.bias[:4])
+        return torch.nn.functional.linear(self.between(first), self.packed[4:])
+
+
+def test_layers_of_computed_weights_become_products() -> None:
+    module, values = Halves(), torch.randn(2, 3, 4)
+    program = torch.export.export(module, (values,))
+    assert multiply_by_computed_weights(program)
+    kept = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert [node.args[1].name for node in kept] == ["p_between_weight"]
+    torch.testing.assert_close(program.run_decompositions().module()(values), module(values))
+    assert not multiply_by_computed_weights(program)

@@ -6,7 +6,7 @@ Imports ExecuTorch (and with it torchao) at module level: import this module ins
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.backends.xnnpack.partition.config import (
@@ -23,8 +23,11 @@ from executorch.exir import (
     EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
-    to_edge_transform_and_lower,
+    to_edge,
 )
+from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes.constant_prop_pass import constant_prop_pass
@@ -33,6 +36,7 @@ from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEv
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
 from executorch.runtime import Runtime
 
+from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
 from genbundle.builder.stateful import StatefulDecoder
 from genbundle.builder.stateful_encoder import PictureEncoder
@@ -50,30 +54,59 @@ class ExactGeluConfig(GeluConfig):
         return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
 
 
-class ProductPartitioner(XnnpackPartitioner):
+class Partitioner(XnnpackPartitioner):
+    """XNNPACK's own choice of parts, with fewer passes over those of plain operators."""
+
+    # What XNNPACK's serializer takes as it is: its seventeen passes, each of which traces the part, change nothing.
+    _PLAIN = frozenset({
+        "linear", "bmm", "add", "sub", "mul", "div", "neg", "exp", "sqrt", "rsqrt", "sigmoid", "tanh", "gelu",
+        "_softmax", "view_copy", "permute_copy", "clone", "maximum", "minimum",
+    })  # fmt: skip
+
+    def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:
+        """`exported_program` with its parts tagged, and the passes that each needs."""
+        # Past the parent's own, which only warns that it isn't called from `to_edge_transform_and_lower`.
+        result = super(XnnpackPartitioner, self).partition(exported_program)
+        targets: dict[str, set[str]] = {}
+        for node in exported_program.graph.nodes:
+            if "delegation_tag" in node.meta and node.op == "call_function":
+                targets.setdefault(node.meta["delegation_tag"], set()).add(_operator(node))
+        for tag, names in targets.items():
+            if names <= self._PLAIN:
+                # By this key XNNPACK runs the pass for linear layers alone.
+                spec = [CompileSpec("dqlinear_partitioner", b"")]
+                result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, spec)
+        return result
+
+    def whole(self, program: torch.export.ExportedProgram) -> list[Any]:
+        """The operators that XNNPACK takes whole, wherever they stand in `program`."""
+        operators, takes = self.ops_to_not_decompose(program)
+        refused = {node.target for node in program.graph.nodes if takes is not None and not takes(node)}
+        return [operator for operator in operators if operator not in refused]
+
+
+class ProductPartitioner(Partitioner):
     """Hands XNNPACK the parts that hold a matrix product or a convolution, and no others.
 
-    Every part costs a good second of lowering, and a call at run time that only products pay for; a decoder whose state
-    goes in and out falls into dozens.
+    Every part costs lowering, and a call at run time that only products pay for; a decoder whose state goes in and out
+    falls into dozens.
     """
 
     _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
 
     def generate_partitions(self, ep: torch.export.ExportedProgram) -> list[Any]:
         """The parts, without those that only move or add."""
-        return [part for part in super().generate_partitions(ep) if any(map(self._is_product, part.nodes))]
+        parts = super().generate_partitions(ep)
+        return [
+            part
+            for part in parts
+            if any(node.op == "call_function" and _operator(node) in self._PRODUCTS for node in part.nodes)
+        ]
 
-    def ops_to_not_decompose(self, ep: torch.export.ExportedProgram) -> tuple[list[Any], None]:
-        """The operators that XNNPACK takes whole, wherever they stand in `ep`.
 
-        The answer upstream gives, a check for each node, makes ExecuTorch trace the program once more.
-        """
-        operators, takes = super().ops_to_not_decompose(ep)
-        refused = {node.target for node in ep.graph.nodes if takes is not None and not takes(node)}
-        return [operator for operator in operators if operator not in refused], None
-
-    def _is_product(self, node: torch.fx.Node) -> bool:
-        return node.op == "call_function" and str(node.target).split(".")[-2] in self._PRODUCTS
+def _operator(node: torch.fx.Node) -> str:
+    """The name of a node's operator, without its namespace and overload."""
+    return format_target_name(cast(Any, node.target).__name__).partition(".")[0]
 
 
 def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> None:
@@ -85,7 +118,7 @@ def lower_programs(
     programs: Mapping[str, torch.export.ExportedProgram],
     constants: Mapping[str, Any],
     path: Path,
-    partitioner: type[XnnpackPartitioner] = XnnpackPartitioner,
+    partitioner: type[Partitioner] = Partitioner,
 ) -> None:
     """Lower exported programs, by the names of their methods, and write them to `path` as one .pte.
 
@@ -93,14 +126,17 @@ def lower_programs(
     """
     configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
     programs = {name: replace_missing_kernels(program) for name, program in programs.items()}
+    for program in programs.values():
+        multiply_by_computed_weights(program)
     try:
         with _uncopied(programs.values()):
-            edge = to_edge_transform_and_lower(
-                dict(programs),
-                partitioner=[partitioner(configs)],
-                constant_methods=dict(constants),
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            # `to_edge_transform_and_lower` would trace every program once or twice more, to ask what to keep whole.
+            chosen = partitioner(configs)
+            kept = [set(chosen.whole(program)) for program in programs.values()]
+            settings = EdgeCompileConfig(
+                _check_ir_validity=False, _skip_dim_order=True, preserve_ops=list(set.intersection(*kept))
             )
+            edge = to_edge(dict(programs), dict(constants), settings).to_backend(chosen)
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
                     # Inputs are used where they are; a dynamic axis needs the constraint-based evaluation.
@@ -115,6 +151,7 @@ def lower_programs(
         ) from error
     _expect_kernels(program)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # one that failed its check may still be mapped
     with path.open("wb") as file:
         program.write_to_file(file)
     _release(edge)

@@ -33,11 +33,56 @@ _TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573
 
 
 def sort(values: torch.Tensor, dim: int = -1, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorting as picking all of them in order; like sort's, the order of equal values is not promised."""
-    return torch.topk(values, values.shape[dim], dim, descending, True)
+    """Sorting as picking all of them in order; equal integers keep theirs, that of equal floats is not promised."""
+    if values.dim() == 0:
+        return values, torch.zeros_like(values, dtype=torch.long)
+    count = values.shape[dim]
+    if values.is_floating_point():
+        return torch.topk(values, count, dim, descending, True)
+    places = torch.arange(count, device=values.device)
+    places = places.reshape([-1 if axis == dim % values.dim() else 1 for axis in range(values.dim())])
+    keys = values.long() * count + (count - 1 - places if descending else places)
+    order = torch.topk(keys, count, dim, descending, True)[1]
+    return torch.gather(values, dim, order), order
 
 
-DECOMPOSITIONS: dict[Any, Any] = {torch.ops.aten.erfinv.default: erfinv, torch.ops.aten.sort.default: sort}
+def stable_sort(
+    values: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sort.stable`; of equal floats the first is promised to come first, which picking can't keep."""
+    if stable and values.is_floating_point():
+        return NotImplemented
+    return sort(values, dim, descending)
+
+
+def argsort(values: torch.Tensor, dim: int = -1, descending: bool = False) -> torch.Tensor:
+    """The order alone."""
+    return sort(values, dim, descending)[1]
+
+
+def stable_argsort(values: torch.Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> torch.Tensor:
+    """The order alone."""
+    if stable and values.is_floating_point():
+        return NotImplemented
+    return sort(values, dim, descending)[1]
+
+
+def bucketize(
+    values: torch.Tensor, boundaries: torch.Tensor, *, out_int32: bool = False, right: bool = False
+) -> torch.Tensor:
+    """How many of the sorted boundaries lie below each value (with `right`, or are equal to it)."""
+    below = boundaries <= values[..., None] if right else boundaries < values[..., None]
+    return below.sum(-1, dtype=torch.int32 if out_int32 else torch.long)
+
+
+DECOMPOSITIONS: dict[Any, Any] = {
+    torch.ops.aten.erfinv.default: erfinv,
+    torch.ops.aten.sort.default: sort,
+    torch.ops.aten.sort.stable: stable_sort,
+    torch.ops.aten.argsort.default: argsort,
+    torch.ops.aten.argsort.stable: stable_argsort,
+    torch.ops.aten.bucketize.Tensor: bucketize,
+}
 
 
 def replace_missing_kernels(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
