@@ -1,15 +1,20 @@
 """Programs that take and return their state, as methods of one .pte."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.zoo import models
 
+from genbundle.builder import build_bundle
 from genbundle.builder.components import Component
 from genbundle.builder.formats.executorch_explicit import export_explicit, largest_sizes, one_sequence
-from genbundle.bundles import Bundle
+from genbundle.builder.verify import verify_staged
+from genbundle.bundles import Bundle, VerificationError
 from genbundle.bundles.manifest import FORMAT, FORMAT_VERSION, File, Flow, Generation, Manifest, Model, Route, Source
+from genbundle.runtime import load_bundle
 from genbundle.runtime.backends import open_backend
 from genbundle.runtime.state import State
 
@@ -109,3 +114,25 @@ def test_state_in_and_out(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = component.module.get_submodule("head")(values.sum(1, keepdim=True))
     np.testing.assert_allclose(backend.to_numpy(outputs[-1]["logits"]), expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_state_goes_out_where_it_fails_its_check_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle is built once more, says why, and gives eager's tokens."""
+    checks: list[Manifest] = []
+
+    def verify(cases: Any, limits: Any, manifest: Manifest, writer: Any) -> Manifest:
+        checks.append(manifest)
+        if len(checks) == 1:
+            raise VerificationError("as given: step 0 of sequence 0: the logits differ")
+        return verify_staged(cases, limits, manifest, writer)
+
+    monkeypatch.setattr("genbundle.builder.build.verify_staged", verify)
+    model, ids = models.make("llama"), models.text_ids(5, seed=1)
+    generate: Any = model.generate
+    bundle = build_bundle(model, backend="xnnpack", output=tmp_path / "out", max_length=64, progress=False)
+    assert [bool(manifest.state) for manifest in checks] == [False, True]
+    assert any("the logits differ" in note for note in bundle.manifest.notes)
+    expected = generate(ids, max_new_tokens=8, do_sample=False)
+    found = load_bundle(bundle.path).generate(input_ids=ids.numpy(), max_new_tokens=8, do_sample=False)
+    assert found.sequences.tolist() == expected.tolist()

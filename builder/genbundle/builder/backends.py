@@ -74,23 +74,41 @@ def _executorch(
     announce: Callable[[str], None],
 ) -> Exported:
     """One .pte for ExecuTorch: with its state inside, or, for a model that can't have that, in and out of it."""
+    assert capacity is not None  # limits_of
+    try:
+        with dense_experts(model):
+            return _stateful(model, captures, capacity, folder, announce)
+    except UnsupportedModelError as error:
+        refusal = error
+    except MODEL_ERRORS as error:
+        why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
+        refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
+    return _state_outside(model, captures, capacity, folder, announce, refusal=refusal)
+
+
+def _state_outside(
+    model: PreTrainedModel,
+    captures: list[Capture],
+    capacity: int | None,
+    folder: Path,
+    announce: Callable[[str], None],
+    *,
+    refusal: Exception,
+) -> Exported:
+    """One .pte whose methods take and return the state.
+
+    refusal: why it can't be kept inside.
+    """
     from genbundle.builder.formats.executorch import PROGRAM_FILE
     from genbundle.builder.formats.executorch_explicit import export_explicit
 
     assert capacity is not None  # limits_of
-    with dense_experts(model):
-        try:
-            return _stateful(model, captures, capacity, folder, announce)
-        except UnsupportedModelError as error:
-            refusal = error
-        except MODEL_ERRORS as error:
-            why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
-            refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
-        try:
+    try:
+        with dense_experts(model):
             components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
             exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
     note = (
         "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "
@@ -137,3 +155,6 @@ EXPORTERS: dict[str, Callable[..., Exported]] = {
     "xnnpack": _executorch,
 }
 """backend -> `export(model, captures, capacity, folder, announce)`."""
+
+OTHERWISE: dict[str, Callable[..., Exported]] = {"xnnpack": _state_outside}
+"""backend -> the same with `refusal=`, for a model whose bundle with its state inside failed its verification."""

@@ -6,13 +6,15 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from genbundle.builder.backends import EXPORTERS
+from genbundle.builder.backends import EXPORTERS, OTHERWISE
 from genbundle.builder.exporting import first_line
+from genbundle.builder.formats import Exported
 from genbundle.builder.image_text import image_token
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.limits import Limits, limits_of
@@ -21,7 +23,7 @@ from genbundle.builder.processing import describe_generation, describe_images, d
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
 from genbundle.builder.verify import record, verify_staged
-from genbundle.bundles import BuildError, Bundle
+from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import check_target, new_bundle
@@ -86,13 +88,20 @@ def build_bundle(
             with borrowed(loaded.model) as eager:
                 limits = limits_of(eager, backend, max_length)
                 samples = make_samples(eager, given or from_processor(eager, loaded.processor), limits)
-                manifest = _export(loaded, samples, settings, limits, writer.path, announce)
+                export = partial(_export, loaded, samples, settings, limits, writer.path, announce)
+                manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out if settings.verify else {}
                 cases = [record(eager, name, inputs) for name, inputs in held_out.items()]
+                if settings.verify and backend in OTHERWISE and not manifest.state:
+                    announce("verify")
+                    try:
+                        manifest = verify_staged(cases, limits, manifest, writer)
+                    except (VerificationError, EngineError) as error:
+                        manifest = export(partial(OTHERWISE[backend], refusal=error))
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
-            del loaded, eager
+            del loaded, eager, export
             gc.collect()
-            if settings.verify:
+            if settings.verify and manifest.verification is None:
                 announce("verify")
                 manifest = verify_staged(cases, limits, manifest, writer)
             announce("publish")
@@ -122,15 +131,16 @@ def _check_settings(backend: str, precision: str, max_length: int | None, verify
 
 
 def _export(
-    loaded: Loaded, samples: Samples, settings: Settings, limits: Limits, folder: Path, announce: Callable[[str], None]
-) -> Manifest:
+    loaded: Loaded, samples: Samples, settings: Settings, limits: Limits, folder: Path, announce: Callable[[str], None],
+    exporter: Callable[..., Exported],
+) -> Manifest:  # fmt: skip
     """Capture, explain and export; everything of the manifest but the verification."""
     model = loaded.model
     generation = describe_generation(model)
     announce("capture")
     captures = capture_calls(model, samples.capture)
     announce("explain")
-    exported = EXPORTERS[settings.backend](model, captures, limits.capacity, folder, announce)
+    exported = exporter(model, captures, limits.capacity, folder, announce)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
