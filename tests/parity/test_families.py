@@ -39,6 +39,9 @@ CASES = [
     ("Gemma3ForConditionalGeneration", "torch"),  # a mask made by vmap
     ("Qwen3_5ForConditionalGeneration", "torch"),  # pictures before a scan over the prompt
     ("Gemma4UnifiedForConditionalGeneration", "torch"),
+    # Branches on what a mask holds that change nothing where it holds nothing; loops over the experts that were chosen.
+    ("Ovis2ForConditionalGeneration", "torch"),
+    ("DbrxForCausalLM", "torch"),
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     ("Blip2ForConditionalGeneration", "torch"),

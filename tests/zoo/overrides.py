@@ -54,7 +54,7 @@ _TYPES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
-    "longcat_flash": {"head_dim": 8, "qk_head_dim": 16},
+    "longcat_flash": {"head_dim": 8, "qk_head_dim": 16, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},

@@ -127,6 +127,9 @@ def _placed(model: PreTrainedModel, inputs: Inputs, kind: str, method: str) -> M
     end = (
         first_of(model.config, "vision_end_token_id", "eoi_token_id", "image_end_token_id") if kind == "image" else None
     )
+    indicators = first_of(model.config, "visual_indicator_token_ids")
+    if indicators:
+        start, end = indicators[0], indicators[-1]
     if count and start is not None and end is not None:
         tokens = [int(start), *tokens, int(end)]
     return Media(inputs, tokens, token)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from genbundle.builder.branches import taken_branches
 from genbundle.builder.components import Component, dtype_of, shape_of
 from genbundle.builder.exporting import first_line
 from genbundle.bundles import GenbundleError, UnsupportedModelError
@@ -53,7 +54,7 @@ def lower_each(
         try:
             if component.obstacle is not None:
                 raise UnsupportedModelError(f"{component.name}: {component.obstacle}")
-            with naming(component):
+            with naming(component), taken_branches(component.module, component.sample):
                 lowered = lower(component)
         except UnsupportedModelError as error:
             if component.alternative is not None:
