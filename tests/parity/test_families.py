@@ -42,6 +42,7 @@ CASES = [
     # Branches on what a mask holds that change nothing where it holds nothing; loops over the experts that were chosen.
     ("Ovis2ForConditionalGeneration", "torch"),
     ("DbrxForCausalLM", "torch"),
+    ("Qwen3OmniMoeThinkerForConditionalGeneration", "torch"),  # positions as floats
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     ("Blip2ForConditionalGeneration", "torch"),

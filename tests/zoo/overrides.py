@@ -86,6 +86,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4},
     "canary": {},
     "chameleon": {
+        "max_position_embeddings": 1024,
         "vocabulary_map": {"<image>": 230, **{f"IMGIMG{i}Z": 240 + i for i in range(8)}},
         "image_token_id": 230,
     },
@@ -98,7 +99,13 @@ _TYPES: dict[str, dict[str, Any]] = {
         "latent_channels": 32,
         "embed_dim": 32,
     },
-    "deepseek_ocr2_text": {**_EXPERTS, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {
+        "max_position_embeddings": 1024,
+        **_EXPERTS,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "emu3": {
         "vocabulary_map": {
             "<image>": 230,

@@ -279,7 +279,7 @@ class _Call:
         if source.kind == "mask":
             return self.sequences.mask
         if source.kind == "position":
-            return self._positions(source)
+            return self._positions(source).astype(numpy_dtype(item.dtype), copy=False)
         if source.kind == "start":
             return np.array([self.sequences.state.length], np.int64)
         if source.kind == "state":
