@@ -29,7 +29,7 @@ def _components(
 ) -> tuple[list[Component], Flow, tuple[str, ...]]:
     """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
     if model.config.is_encoder_decoder:
-        return *encoder_decoder_components(model, captures, capacity), ()
+        return encoder_decoder_components(model, captures, capacity)
     try:
         return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
     except UnsupportedModelError as error:

@@ -101,13 +101,41 @@ class CrossDecoder(torch.nn.Module):
         return open_layer(layer, given, like, fused=False)
 
 
+class WholeDecoder(torch.nn.Module):
+    """`model` from all decoder tokens so far and the encoder's output to logits; for one that keeps nothing.
+
+    Inputs: `past_ids [batch, past]` and `decoder_input_ids [batch, new]`, the encoder's outputs, and what else the
+    forward takes.
+    """
+
+    def __init__(self, model: PreTrainedModel, output_type: type, constants: dict[str, Any]):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.output_type, self.constants = output_type, constants
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The last position's logits, and the tokens that they follow."""
+        fields = {key: inputs.pop(key) for key in list(inputs) if key.startswith("encoder_")}
+        ids = torch.cat([inputs.pop("past_ids"), inputs.pop("decoder_input_ids")], 1)
+        encoder_outputs = self.output_type(**{key.removeprefix("encoder_"): value for key, value in fields.items()})
+        outputs = self.model(
+            decoder_input_ids=ids, **inputs, **self.constants, encoder_outputs=encoder_outputs, use_cache=False
+        )
+        return {"logits": outputs.logits[:, -1:], "present_ids": ids}
+
+
 def encoder_decoder_components(
     model: PreTrainedModel, captures: list[Capture], capacity: int | None
-) -> tuple[list[Component], Flow]:
-    """The components of an encoder-decoder and how they are called; UnsupportedModelError names what can't be."""
+) -> tuple[list[Component], Flow, tuple[str, ...]]:
+    """The components of an encoder-decoder, how they are called, and what to know of them.
+
+    Raises UnsupportedModelError, which names what can't be.
+    """
     name = type(model).__name__
     if any(item.encoder is None for item in captures):
         raise UnsupportedModelError(f"{name}: generate never calls its encoder")
+    if all(_keeps_nothing(item) for item in captures):
+        return _without_cache(model, captures, capacity)
     cache = captures[0].step.get("past_key_values")
     if not isinstance(cache, EncoderDecoderCache):
         raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
@@ -126,10 +154,47 @@ def encoder_decoder_components(
     continues = runs(decode)
     if not continues:
         decode = _decoder(model, layers, cross, encoder, fields, output_type, step, length, begins=False, new=1)
-    needs = {source.name for source in (*encoder.sources.values(), *begin.sources.values()) if source.kind == "user"}
-    route = Route(programs=("encoder", "prompt"), needs=tuple(sorted(filter(None, needs - set(TEXT_INPUTS)))))
+    route = Route(programs=("encoder", "prompt"), needs=_needs(encoder, begin))
     flow = Flow(prompt=(route,), step=("decode",), continues=continues, capacity=capacity)
-    return [encoder, prompt, decode], flow
+    return [encoder, prompt, decode], flow, ()
+
+
+def _keeps_nothing(item: Capture) -> bool:
+    """Whether a step is given every token so far, and nothing that was kept of them."""
+    begun, ids = (call.get("decoder_input_ids") for call in (item.prompt, item.step))
+    kept = item.step.get("past_key_values") is not None
+    return not kept and begun is not None and ids is not None and ids.shape[1] == begun.shape[1] + 1
+
+
+def _without_cache(
+    model: PreTrainedModel, captures: list[Capture], capacity: int | None
+) -> tuple[list[Component], Flow, tuple[str, ...]]:
+    """The encoder, and one program for the decoder's first call and its steps: each takes the whole sequence."""
+    name = type(model).__name__
+    encoder, fields = _encoder(model, captures)
+    call = _call(name, captures, "step")
+    if call != _call(name, captures, "prompt"):
+        raise UnsupportedModelError(f"{name}: its decoder keeps nothing, and is called otherwise in a step")
+    sample, axes, sources = _behind(encoder, fields, call, past=PAST)
+    sample["past_ids"], axes["past_ids"] = torch.ones(BATCH, PAST, dtype=torch.long), {0: "batch", 1: "past"}
+    decode = Component(
+        name="decode",
+        roles=("merge", "language_model", "lm_head", "decode"),
+        module=WholeDecoder(model, type(captures[0].prompt["encoder_outputs"]), call.constants).eval(),
+        sample=sample,
+        axes={**axes, "present_ids": {0: "batch", 1: "total"}},
+        sources={**sources, "past_ids": Source(kind="state", name="ids")},
+        states={"present_ids": "ids"},
+    )
+    note = f"{name} keeps no state of its decoder: each step runs the whole sequence again, slow for long ones"
+    route = Route(programs=("encoder", "decode"), needs=_needs(encoder, call))
+    return [encoder, decode], Flow(prompt=(route,), step=("decode",), continues=True, capacity=capacity), (note,)
+
+
+def _needs(encoder: Component, call: Call) -> tuple[str, ...]:
+    """The user's inputs beside text that the prompt's programs take."""
+    needs = {source.name for source in (*encoder.sources.values(), *call.sources.values()) if source.kind == "user"}
+    return tuple(sorted(filter(None, needs - set(TEXT_INPUTS))))
 
 
 def _fields(output: Any) -> dict[str, torch.Tensor]:
@@ -231,24 +296,9 @@ def _decoder(
     fields: what the encoder gave for its sample. source_length: how many keys the cross-attention has; None where that
     varies.
     """
-    sources = dict(call.sources)
-    sequence = {} if new == 1 else {1: "sequence"}
-    sample: dict[str, torch.Tensor] = {"decoder_input_ids": torch.ones(BATCH, new, dtype=torch.long)}
-    axes: dict[str, dict[int, str]] = {"decoder_input_ids": {0: "batch", **sequence}, "logits": {0: "batch"}}
-    for key, tensor in fields.items():
-        axes[key] = dict(encoder.axes.get(key, {}))
-        sizes = {axis: {"batch": BATCH, "source": _SOURCE}.get(name, 0) for axis, name in axes[key].items()}
-        sample[key] = torch.zeros([sizes.get(axis) or size for axis, size in enumerate(tensor.shape)])
-        sources[key] = Source(kind="state", name=key)
+    sample, axes, sources = _behind(encoder, fields, call, past=0 if begins else PAST, new=new)
     varies = source_length is None
     source_length = source_length or _SOURCE
-    for key, source in call.sources.items():
-        if source.kind == "user":
-            sample[key] = torch.ones(BATCH, source_length, dtype=torch.long)
-            axes[key] = {0: "batch", **({1: "source"} if varies else {})}
-        elif source.kind == "mask":
-            sample[key] = torch.ones(BATCH, new if begins else PAST + new, dtype=torch.long)
-            axes[key] = {0: "batch", 1: "sequence" if begins else "total"}
     states: dict[str, str] = {}
     for index, layer in enumerate(cross):
         for kind, (heads, width) in zip(GROWING, layer.attention or (), strict=False):
@@ -269,3 +319,30 @@ def _decoder(
         states=states,
     )
     return with_present(component, layers, "sequence") if begins else with_past(component, layers)
+
+
+def _behind(
+    encoder: Component, fields: dict[str, torch.Tensor], call: Call, *, past: int, new: int = NEW
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]], dict[str, Source]]:
+    """Sample, axes and sources of what every program of a decoder takes: tokens, the encoder's output, masks.
+
+    past: how many tokens before the new ones.
+    """
+    sources = dict(call.sources)
+    sequence = {} if new == 1 else {1: "sequence"}
+    sample: dict[str, torch.Tensor] = {"decoder_input_ids": torch.ones(BATCH, new, dtype=torch.long)}
+    axes: dict[str, dict[int, str]] = {"decoder_input_ids": {0: "batch", **sequence}, "logits": {0: "batch"}}
+    for key, tensor in fields.items():
+        axes[key] = dict(encoder.axes.get(key, {}))
+        sizes = {axis: {"batch": BATCH, "source": _SOURCE}.get(name, 0) for axis, name in axes[key].items()}
+        sample[key] = torch.zeros([sizes.get(axis) or size for axis, size in enumerate(tensor.shape)])
+        sources[key] = Source(kind="state", name=key)
+    source_length = sample["encoder_last_hidden_state"].shape[1]
+    for key, source in call.sources.items():
+        if source.kind == "user":
+            sample[key] = torch.ones(BATCH, source_length, dtype=torch.long)
+            axes[key] = {0: "batch", **({1: "source"} if source_length == _SOURCE else {})}
+        elif source.kind == "mask":
+            sample[key] = torch.ones(BATCH, past + new, dtype=torch.long)
+            axes[key] = {0: "batch", 1: "total" if past else "sequence"}
+    return sample, axes, sources
