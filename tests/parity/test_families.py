@@ -48,6 +48,9 @@ CASES = [
     ("GitForCausalLM", "cpu"),
     ("Blip2ForConditionalGeneration", "torch"),
     ("Florence2ForConditionalGeneration", "torch"),
+    # Cross-attention to a picture beside the tokens' own.
+    ("IdeficsForVisionText2Text", "torch"),
+    ("MllamaForConditionalGeneration", "torch"),
 ]
 pytestmark = pytest.mark.slow
 

@@ -181,6 +181,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192, "num_global_layers": 1},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},

@@ -22,7 +22,7 @@ from genbundle.builder.loading import Loaded, borrowed, load
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
-from genbundle.builder.verify import record, verify_staged
+from genbundle.builder.verify import record, taken_by, verify_staged
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
@@ -91,7 +91,7 @@ def build_bundle(
                 export = partial(_export, loaded, samples, settings, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out if settings.verify else {}
-                cases = [record(eager, name, inputs) for name, inputs in held_out.items()]
+                cases = [record(eager, name, inputs) for name, inputs in held_out.items() if taken_by(manifest, inputs)]
                 if settings.verify and backend in OTHERWISE and not manifest.state:
                     announce("verify")
                     try:

@@ -63,7 +63,13 @@ def describe_layers(cache: Any, name: str) -> tuple[Layer, ...]:
     """What each layer of a captured cache keeps; UnsupportedModelError for what can't be carried."""
     if type(cache) is not DynamicCache:
         raise UnsupportedModelError(f"{name}: generation state of type {type(cache).__name__} can't be carried yet")
-    return tuple(_describe(layer, f"{name}: layer {index}") for index, layer in enumerate(cache.layers))
+    described = tuple(_describe(layer, f"{name}: layer {index}") for index, layer in enumerate(cache.layers))
+    # What is as long as something else than the tokens (a picture's keys) doesn't grow with them. Windows are shorter.
+    kept = [getattr(layer, "keys", None) for layer in cache.layers if type(layer) is DynamicLayer]
+    lengths = [keys.shape[2] for keys in kept if keys is not None]
+    if len(set(lengths)) > 1:
+        raise UnsupportedModelError(f"{name}: its layers keep {sorted(set(lengths))} keys, not one for each token")
+    return described
 
 
 def _describe(layer: Any, name: str) -> Layer:

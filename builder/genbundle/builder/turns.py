@@ -3,54 +3,31 @@
 The loop calls `prepare_inputs_for_generation`, the forward, and `_update_model_kwargs_for_generation`; what it carries
 from turn to turn is its kwargs. Every tensor in them becomes state, whatever object holds it. A model that keeps
 nothing, or keeps what can't be carried, runs the whole sequence again in each turn: then the tokens are the state.
+Pictures and sounds go in with the prompt; what the model makes of them is state like anything else.
 """
 
-import copy
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component
-from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
-from genbundle.builder.generation_config import greedy_config
+from genbundle.builder.components import Component, name_axes
+from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.objects import Path, leaves, with_leaves
 from genbundle.builder.plan import Inputs
 from genbundle.builder.programs import BATCH, NEW, PAST
+from genbundle.builder.samples import generates_from_text_alone
+from genbundle.builder.watching import Held, Run, cut, explain, observe, spared, template, without_cache
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Route, Source
+from genbundle.runtime.inputs import TEXT_INPUTS
 
-_TURNS = 4
 _PROMPT = 9  # tokens of the prompt's sample
-_SHORT = 3  # a prompt shorter than any window: what depends on the length shows
 _CLOSE = 1e-4  # of the largest logit
-# Arguments that the loop gives on top of its kwargs, or that are computed from others here.
-_OWN = ("next_sequence_length", "is_first_iteration", "attention_mask", "position_ids")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One turn as eager takes it: all tokens so far, the loop's kwargs before it, and the logits it gives."""
-
-    ids: torch.Tensor
-    kwargs: dict[str, Any]
-    logits: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """One tensor that the loop carries. axes: what its axes vary with: "batch", or the number of tokens and a rest."""
-
-    name: str
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    axes: Mapping[int, str | int]
 
 
 class Turn(torch.nn.Module):
@@ -58,13 +35,15 @@ class Turn(torch.nn.Module):
 
     template: the loop's kwargs, into copies of which the carried tensors go. numbers: what stands there besides and
     counts tokens, with its distance from the number of tokens before. ids: whether the tokens themselves are carried.
+    media: the user's inputs beside the tokens, which a prompt takes.
     """
 
     def __init__(
         self, model: PreTrainedModel, template: Mapping[str, Any], held: Sequence[Held], numbers: Mapping[Path, int],
-        after: Sequence[Held], *, ids: bool, begins: bool,
+        after: Sequence[Held], *, ids: bool, begins: bool, media: Sequence[str] = (),
     ):  # fmt: skip
         super().__init__()
+        self.media = tuple(media)
         self.model: Any = model
         self.config, self.ids, self.begins = model.config, ids, begins
         self.template, self.held, self.numbers, self.after = dict(template), tuple(held), dict(numbers), tuple(after)
@@ -79,6 +58,11 @@ class Turn(torch.nn.Module):
         # Copies, since models write into their state and the program's inputs are the caller's.
         given: dict[Path, Any] = {item.path: inputs[f"past_{item.name}"].clone() for item in self.held}
         given |= {path: length - new + distance for path, distance in self.numbers.items()}
+        if self.media:
+            # What generate makes of its inputs before the loop.
+            user = {"input_ids": ids, **{name: inputs[name] for name in self.media}}
+            made = self.model._prepare_model_inputs(None, None, user)[2]
+            given |= {(key,): value for key, value in made.items() if isinstance(self.template.get(key), torch.Tensor)}
         kwargs = with_leaves(self.template, given)
         if "attention_mask" in kwargs:
             kwargs["attention_mask"] = mask
@@ -91,7 +75,8 @@ class Turn(torch.nn.Module):
         prepared = self.model.prepare_inputs_for_generation(ids, next_sequence_length=own, **kwargs)
         outputs = self.model(**prepared, return_dict=True)
         kwargs.pop("is_first_iteration", None)
-        kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        encoder = self.config.is_encoder_decoder
+        kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=encoder)
         result = {"logits": outputs.logits[:, -1:], **({"present_ids": ids} if self.ids else {})}
         if self.after:
             carried = leaves(kwargs)
@@ -107,25 +92,30 @@ def turn_components(
     Raises `why`, which is what stands against the usual programs, where the loop's turns can't be replayed either.
     """
     name = type(model).__name__
+    media = tuple(key for key in samples[0] if key not in TEXT_INPUTS)
     try:
-        runs = [_observe(model, sample) for sample in samples]
-        short = [_observe(model, _cut(sample)) for sample in samples]
+        runs = [observe(model, sample) for sample in (*samples, *cut(samples))]
     except MODEL_ERRORS as error:
         raise UnsupportedModelError(f"{why} (its own loop can't be watched: {first_line(error)})") from error
     reasons = []
     try:
-        held, numbers = _explain([*runs, *short], name)
-        for ids in (False, True) if held else ():
-            begin = Turn(model, _template(runs[0][0]), (), {}, held, ids=ids, begins=True).eval()
-            step = Turn(model, _template(runs[0][1]), held, numbers, held, ids=ids, begins=False).eval()
-            wrong = _differs(begin, step, [*runs, *short])
+        held, numbers = explain(runs, name)
+        for ids, kept in itertools.product((False, True), spared(held, runs) if media else (held,)) if held else ():
+            left_out = {item.path[0]: None for item in held if item not in kept}
+            begin = Turn(model, template(runs[0].calls[0]), (), {}, kept, ids=ids, begins=True, media=media).eval()
+            step = Turn(model, template(runs[0].calls[1]) | left_out, kept, numbers, kept, ids=ids, begins=False).eval()
+            wrong = _differs(begin, step, runs)
+            if wrong is None and media:
+                return _with_media(model, begin, step, samples)
             if wrong is None:
                 return *_carrying(begin, step, _padding_counts(begin, runs)), ()
             reasons.append(wrong)
     except UnsupportedModelError as error:
         reasons.append(str(error))
-    again = Turn(model, _without_cache(runs[0][0]), (), {}, (), ids=True, begins=False).eval()
-    wrong = _differs(again, again, [*runs, *short])
+    if media:
+        raise UnsupportedModelError(f"{why} ({'; '.join(reasons)})") from why
+    again = Turn(model, without_cache(runs[0].calls[0]), (), {}, (), ids=True, begins=False).eval()
+    wrong = _differs(again, again, runs)
     if wrong is not None:
         raise UnsupportedModelError(f"{why} ({'; '.join([*reasons, 'without a cache ' + wrong])})") from why
     note = f"{name} has no state that can be carried: each step runs the whole sequence again, slow for long ones"
@@ -133,107 +123,14 @@ def turn_components(
     return [_component(again, new=NEW, past=PAST)], flow, (note,)
 
 
-def _observe(model: PreTrainedModel, inputs: Inputs) -> list[Call]:
-    """What eager's loop does in its first turns."""
-    lengths = {"max_new_tokens": _TURNS, "min_new_tokens": _TURNS, "max_length": None}
-    config = greedy_config(model, **lengths, return_dict_in_generate=True, output_logits=True)
-    with quiet(), torch.no_grad(), _recorded(model) as calls:
-        generate: Any = model.generate
-        output = generate(**{key: value.clone() for key, value in inputs.items()}, generation_config=config)
-    if len(calls) != len(output.logits):
-        raise RuntimeError("generate doesn't prepare its inputs once a turn")
-    return [
-        Call(ids=ids, kwargs=kwargs, logits=logits) for (ids, kwargs), logits in zip(calls, output.logits, strict=True)
-    ]
-
-
-@contextmanager
-def _recorded(model: Any) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
-    """What the model's loop calls `prepare_inputs_for_generation` with, inside the block."""
-    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
-    own = model.prepare_inputs_for_generation
-
-    @functools.wraps(own)
-    def record(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append((input_ids.clone(), copy.deepcopy(kwargs)))
-        return own(input_ids, *args, **kwargs)
-
-    model.prepare_inputs_for_generation = record  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield calls
-    finally:
-        del model.__dict__["prepare_inputs_for_generation"]
-
-
-def _cut(sample: Inputs) -> Inputs:
-    """The end of a prompt."""
-    ids = sample["input_ids"]
-    return {key: value[:, -_SHORT:] if value.shape == ids.shape else value for key, value in sample.items()}
-
-
-def _template(call: Call) -> dict[str, Any]:
-    return {key: None if key in _OWN[2:] else value for key, value in call.kwargs.items() if key not in _OWN[:2]}
-
-
-def _without_cache(call: Call) -> dict[str, Any]:
-    """The loop's kwargs for a turn that begins anew: plain ones alone."""
-    simple = bool, int, float, str, type(None)
-    return {**{key: value for key, value in _template(call).items() if isinstance(value, simple)}, "use_cache": False}
-
-
-def _explain(runs: Sequence[Sequence[Call]], name: str) -> tuple[tuple[Held, ...], dict[Path, int]]:
-    """What the loop carries from its second turn on: tensors, and numbers that count tokens.
-
-    Raises UnsupportedModelError for what differs between turns in another way.
-    """
-    steps = [call for run in runs for call in run[1:]]
-    sizes = [(call.ids.shape[0], call.ids.shape[1] - 1) for call in steps]
-    found = [leaves(_template(call)) for call in steps]
-    if any(each.keys() != found[0].keys() for each in found):
-        raise UnsupportedModelError(f"{name}: its state holds other things from turn to turn")
-    held, numbers = [], {}
-    for path, first in found[0].items():
-        values: list[Any] = [each[path] for each in found]
-        where = ".".join(map(str, path))
-        if isinstance(first, torch.Tensor):
-            if any(not isinstance(value, torch.Tensor) or value.dim() != first.dim() for value in values):
-                raise UnsupportedModelError(f"{name}: its state {where} has another number of axes from turn to turn")
-            if any(value.numel() for value in values):
-                held.append(_held(path, where, values, sizes, name))
-        elif any(value != first for value in values):
-            if not all(type(value) is int for value in values):
-                raise UnsupportedModelError(f"{name}: its state {where} differs from turn to turn, unexplained")
-            distances = {value - length for value, (_, length) in zip(values, sizes, strict=True)}
-            if len(distances) != 1:
-                raise UnsupportedModelError(f"{name}: its state {where} counts something unexplained")
-            numbers[path] = distances.pop()
-    return tuple(held), numbers
-
-
-def _held(path: Path, where: str, values: Sequence[Any], sizes: Sequence[tuple[int, int]], name: str) -> Held:
-    axes: dict[int, str | int] = {}
-    for axis, found in enumerate(zip(*(value.shape for value in values), strict=True)):
-        rests = {size - length for size, (_, length) in zip(found, sizes, strict=True)}
-        if len(set(found)) == 1:
-            continue
-        if all(size == batch for size, (batch, _) in zip(found, sizes, strict=True)):
-            axes[axis] = "batch"
-        elif len(rests) == 1:
-            axes[axis] = rests.pop()
-        else:
-            raise UnsupportedModelError(f"{name}: axis {axis} of its state {where} varies in a way not known here")
-    title = "_".join("cache" if key == "past_key_values" else str(key) for key in path)
-    return Held(name=title, path=path, dtype=values[0].dtype, shape=tuple(values[0].shape), axes=axes)
-
-
-def _differs(begin: Turn, step: Turn, runs: Sequence[Sequence[Call]]) -> str | None:
+def _differs(begin: Turn, step: Turn, runs: Sequence[Run]) -> str | None:
     """Why replaying what eager did gives other logits; None where it gives the same."""
     try:
         with torch.no_grad():
             for run in runs:
-                mask = next((call.kwargs["attention_mask"] for call in run if _mask(call) is not None), None)
-                kept: dict[str, torch.Tensor] = {}
-                for number, call in enumerate(run):
+                mask = _mask(run)
+                kept: dict[str, torch.Tensor] = {name: run.given[name] for name in begin.media}
+                for number, call in enumerate(run.calls):
                     module = step if number else begin
                     inputs = {"input_ids": call.ids[:, -1:] if number else call.ids, **kept}
                     if "attention_mask" in module.template:
@@ -250,21 +147,46 @@ def _differs(begin: Turn, step: Turn, runs: Sequence[Sequence[Call]]) -> str | N
     return None
 
 
-def _mask(call: Call) -> torch.Tensor | None:
-    return call.kwargs.get("attention_mask")
+def _mask(run: Run) -> torch.Tensor | None:
+    """The prompt's mask, where there is one: generate drops one of ones."""
+    masks = (call.kwargs.get("attention_mask") for call in run.calls)
+    return next((mask for mask in masks if mask is not None), None)
 
 
-def _padding_counts(begin: Turn, runs: Sequence[Sequence[Call]]) -> bool:
+def _padding_counts(begin: Turn, runs: Sequence[Run]) -> bool:
     """Whether the model takes padding for tokens like any others."""
     for run in runs:
-        mask = _mask(run[0])
+        mask, ids = _mask(run), run.calls[0].ids
         if mask is not None and not bool(mask.all()):
+            mask = mask[:, : ids.shape[1]]
             with torch.no_grad():
                 masked, plain = (
-                    begin(input_ids=run[0].ids, attention_mask=each)["logits"] for each in (mask, torch.ones_like(mask))
+                    begin(input_ids=ids, attention_mask=each)["logits"] for each in (mask, torch.ones_like(mask))
                 )
             return torch.equal(masked, plain)
     return False
+
+
+def _with_media(
+    model: PreTrainedModel, begin: Turn, step: Turn, samples: Sequence[Inputs]
+) -> tuple[list[Component], Flow, tuple[str, ...]]:
+    """Programs for a prompt with pictures or sounds, and for every further token."""
+    ids = [sample["input_ids"] for sample in samples]
+    known = {tuple(each.shape[axis] for each in ids): name for axis, name in ((1, "sequence"), (0, "batch"))}
+    names = (*(("attention_mask",) if "attention_mask" in begin.template else ()), *begin.media)
+    given = [{"input_ids": sample["input_ids"], **{name: sample[name] for name in names}} for sample in samples]
+    text = _component(begin, new=_PROMPT, past=0)
+    prompt = replace(
+        text,
+        name="prompt",
+        roles=("encoder", "projector", *text.roles),
+        sample=given[0],
+        axes={**text.axes, **name_axes(given, known)},
+        sources={**text.sources, **{name: Source(kind="user", name=name) for name in begin.media}},
+    )
+    route = Route(programs=("prompt",), needs=tuple(sorted(begin.media)))
+    notes = ("prompts of text alone are refused",) if generates_from_text_alone(model) else ()
+    return [prompt, _component(step, new=1, past=PAST)], Flow(prompt=(route,), step=("decode",)), notes
 
 
 def _carrying(begin: Turn, step: Turn, padded: bool) -> tuple[list[Component], Flow]:
@@ -298,8 +220,7 @@ def _component(module: Turn, *, new: int, past: int) -> Component:
             axes["past_ids"], sources["past_ids"] = {0: "batch", 1: "past"}, Source(kind="state", name="ids")
         axes["present_ids"], states["present_ids"] = {0: "batch", **total}, "ids"
     for item in module.held if past else ():
-        sizes = {axis: BATCH if size == "batch" else past + int(size) for axis, size in item.axes.items()}
-        shape = [sizes.get(axis, size) for axis, size in enumerate(item.shape)]
+        shape = [_size(item.axes.get(axis), size, past) for axis, size in enumerate(item.shape)]
         sample[f"past_{item.name}"] = torch.zeros(shape, dtype=item.dtype)
         axes[f"past_{item.name}"] = _named(item, "past")
         sources[f"past_{item.name}"] = Source(kind="state", name=item.name)
@@ -318,12 +239,23 @@ def _component(module: Turn, *, new: int, past: int) -> Component:
     )
 
 
+def _size(varies: str | tuple[int, int] | None, size: int, past: int) -> int:
+    """The size of a carried tensor's axis in the sample of a step; `size` as it was watched."""
+    if isinstance(varies, tuple):
+        return varies[0] * past + varies[1]
+    return BATCH if varies == "batch" else size
+
+
 def _named(item: Held, growing: str | None) -> dict[int, str]:
     """The names of a tensor's axes; one that grows and isn't as long as the sequence has a name of its own."""
     names = {}
-    for axis, size in item.axes.items():
-        if size == "batch":
-            names[axis] = "batch"
+    for axis, varies in item.axes.items():
+        if isinstance(varies, str):
+            names[axis] = varies
         elif growing is not None:
-            names[axis] = growing if size == 0 else f"{growing}_{size:+d}".replace("+", "plus").replace("-", "minus")
+            each, rest = varies
+            times = "" if each == 1 else f"_times{each}"
+            names[axis] = f"{growing}{times}" + (
+                f"_{rest:+d}".replace("+", "plus").replace("-", "minus") if rest else ""
+            )
     return names

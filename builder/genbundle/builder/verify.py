@@ -49,6 +49,11 @@ def record(
     )
 
 
+def taken_by(manifest: Manifest, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a prompt's route takes such inputs; the runtime refuses others."""
+    return any(set(route.needs) <= inputs.keys() for route in manifest.flow.prompt)
+
+
 def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter) -> Manifest:
     """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written."""
     device = "cpu" if manifest.backend == "cuda" else None
