@@ -9,7 +9,9 @@ from tests.zoo import shrink
 
 from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.lengths import loop_over_length
+from genbundle.builder.limits import limits_of
 from genbundle.builder.objects import leaves, with_leaves
+from genbundle.builder.samples import make_samples
 from genbundle.builder.turns import turn_components
 from genbundle.bundles import UnsupportedModelError
 
@@ -79,6 +81,27 @@ def test_any_object_is_carried():
         "past_cache_layers_0_keys", "past_cache_layers_0_values", "past_cache_linear_cache_1"}  # fmt: skip
     assert step.axes["past_cache_layers_0_keys"] == {0: "batch", 2: "past"}
     assert components[0].obstacle is not None and flow.prompt[1].one_by_one and not flow.prompt[1].padded
+
+
+def test_sounds_go_in_with_the_prompt_and_windows_stay_whole():
+    name = "VoxtralRealtimeForConditionalGeneration"
+    model = shrink.make(name)
+    samples = make_samples(model, shrink.variants(name, model)["build"], limits_of(model, "torch", 200)).capture
+    (prompt, step), flow, _ = turn_components(model, samples, UnsupportedModelError("the usual programs don't do"))
+    assert flow.prompt[0].needs == ("input_features",) and not flow.prompt[0].one_by_one
+    assert prompt.axes["input_features"] == {0: "batch", 2: "input_features_2"}
+    assert step.axes["past_encoder_inputs_embeds"] == {0: "batch", 1: "encoder_inputs_embeds_1"}
+    assert step.axes["past_cache_layers_0_keys"] == {0: "batch", 2: "past"}
+    assert step.axes["past_encoder_past_key_values_layers_0_keys"] == {0: "batch", 2: "past_times4"}
+
+
+def test_what_the_loop_only_hands_on_is_the_prompts_alone():
+    name = "IdeficsForVisionText2Text"
+    model = shrink.make(name)
+    samples = make_samples(model, shrink.variants(name, model)["build"], limits_of(model, "torch", 200)).capture
+    (prompt, step), _, _ = turn_components(model, samples, UnsupportedModelError("the usual programs don't do"))
+    assert "pixel_values" in prompt.sample
+    assert "past_image_hidden_states" in step.sample and "past_pixel_values" not in step.sample
 
 
 def test_what_cannot_be_replayed_is_refused_with_the_cause():

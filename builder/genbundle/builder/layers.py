@@ -1,6 +1,7 @@
 """What a model's layers carry from call to call, and cache layers that begin with given tensors of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,23 @@ def _describe(layer: Any, name: str) -> Layer:
         states=states,
         numbers=getattr(layer, "number_of_states", 0),
     )
+
+
+@contextmanager
+def whole_windows() -> Iterator[None]:
+    """Inside the block, layers of a sliding window keep what has left it too; the models' masks do the windowing.
+
+    What is cut off depends on the length, in branches that no program could follow.
+    """
+    own: Any = DynamicSlidingWindowLayer
+    before = {name: getattr(own, name) for name in ("update", "get_mask_sizes", "get_seq_length")}
+    try:
+        for name in before:
+            setattr(own, name, getattr(DynamicLayer, name))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(own, name, function)
 
 
 class LinearState(LinearAttentionLayer):

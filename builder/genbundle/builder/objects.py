@@ -46,8 +46,9 @@ def with_leaves(value: Any, new: Mapping[Path, Any]) -> Any:
     _share(value, memo, set())
     numbers = {}
     for path, leaf in leaves(value).items():
-        if path in new and isinstance(leaf, torch.Tensor):
-            memo[id(leaf)] = new[path]
+        if isinstance(leaf, torch.Tensor):
+            # A tracer knows how to clone a tensor, and not how to copy its storage.
+            memo[id(leaf)] = new[path] if path in new else memo.get(id(leaf), leaf.clone())
         elif path in new:
             numbers[path] = new[path]
     result = copy.deepcopy(value, memo)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
+from genbundle.builder.layers import whole_windows
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.objects import Path, leaves, with_leaves
 from genbundle.builder.plan import Inputs
@@ -50,6 +51,10 @@ class Turn(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """One turn, by the model's own methods."""
+        with whole_windows():
+            return self._turn(inputs)
+
+    def _turn(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         new = ids.shape[1]
         if "past_ids" in inputs:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.exporting import quiet
 from genbundle.builder.generation_config import greedy_config
+from genbundle.builder.layers import whole_windows
 from genbundle.builder.objects import Path, leaves
 from genbundle.builder.plan import Inputs
 from genbundle.builder.samples import per_token
@@ -60,7 +61,7 @@ def observe(model: PreTrainedModel, inputs: Inputs) -> Run:
     """What eager's loop does in its first turns."""
     lengths = {"max_new_tokens": _TURNS, "min_new_tokens": _TURNS, "max_length": None}
     config = greedy_config(model, **lengths, return_dict_in_generate=True, output_logits=True)
-    with quiet(), torch.no_grad(), _recorded(model) as calls:
+    with quiet(), torch.no_grad(), whole_windows(), _recorded(model) as calls:
         generate: Any = model.generate
         output = generate(**{key: value.clone() for key, value in inputs.items()}, generation_config=config)
     if len(calls) != len(output.logits):
@@ -135,7 +136,8 @@ def explain(runs: Sequence[Run], name: str) -> tuple[tuple[Held, ...], dict[Path
         if isinstance(first, torch.Tensor):
             if any(not isinstance(value, torch.Tensor) or value.dim() != first.dim() for value in values):
                 raise UnsupportedModelError(f"{name}: its state {where} has another number of axes from turn to turn")
-            if any(value.numel() for value in values):
+            constant = not first.dim() and all(value == first for value in values)  # a number as a tensor
+            if any(value.numel() for value in values) and not constant:
                 held.append(_held(path, where, values, sizes, names if media else None, name))
         elif any(value != first for value in values):
             if not all(type(value) is int for value in values):
