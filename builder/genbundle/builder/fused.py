@@ -4,7 +4,7 @@ For models whose media can't be cut from their language model: the program is th
 the user's tensors to logits and the present. Steps go through the same `decode` as a text model's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -232,12 +232,25 @@ def _prompt_component(
         roles=("encoder", "projector", "merge", "language_model", "lm_head"),
         modality=modality(model, call.media),
         module=module,
-        sample=samples[0],
+        sample=_twice(samples[0], axes, apart),
         axes={**axes, **({FEATURES: {0: FEATURES}} if token is not None else {})},
         sources=call.sources,
         placeholder_id=token,
     )
     return with_present(component, plan.layers, "total" if plan.step.unmasked else "sequence")
+
+
+def _twice(
+    sample: dict[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], apart: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The batch twice over: code that takes one of two away (all but the last) would fix what is left at 1."""
+    if sample["input_ids"].shape[0] == 1:
+        return sample
+    counts = {name: 0 for name in apart if 0 in axes.get(name, {})}
+    counts |= {name: axis for name, each in axes.items() for axis, symbol in each.items() if symbol == "batch"}
+    return {
+        name: torch.cat([tensor] * 2, counts[name]) if name in counts else tensor for name, tensor in sample.items()
+    }
 
 
 def modality(model: PreTrainedModel, media: Sequence[str]) -> str:
