@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from genbundle.builder.attention import make_cache
@@ -59,6 +59,33 @@ class WholeEncoder(torch.nn.Module):
         with forward_of(self._encoder[0], record):
             self.model(**inputs, decoder_input_ids=start, use_cache=False)
         return _fields(found[0])
+
+
+class PreparedEncoder(torch.nn.Module):
+    """The encoder with all that the model's own `generate` does before the library's, such as a style put in front.
+
+    taken: what the encoder is given of what the library's is.
+    """
+
+    def __init__(self, model: PreTrainedModel, encoder: torch.nn.Module, taken: Sequence[str], constants: dict):
+        super().__init__()
+        self.model, self._encoder, self.config = model, (encoder,), model.config
+        self.taken, self.constants = tuple(taken), constants
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `Encoder`, from the user's inputs."""
+        given: dict[str, Any] = {}
+        original, generate = GenerationMixin.generate, self.model.generate
+
+        def record(_: Any, **kwargs: Any) -> None:
+            given.update(kwargs)
+
+        GenerationMixin.generate = record  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            generate(**inputs)
+        finally:
+            GenerationMixin.generate = original
+        return _fields(self._encoder[0](**{name: given[name] for name in self.taken}, **self.constants))
 
 
 class CrossDecoder(torch.nn.Module):
@@ -216,15 +243,17 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component
         taken = inspect.signature(model.forward).parameters
         samples = [{key: value for key, value in item.inputs.items() if key in taken} for item in captures]
         sources = {key: Source(kind="user", name=key) for key in samples[0]}
-        module = WholeEncoder(model, encoder).eval()
-        if not _gives(module, samples, results):
+        whole = (WholeEncoder(model, encoder), PreparedEncoder(model, encoder, tuple(tensors[0]), constants))
+        module = next((each for each in whole if _gives(each.eval(), samples, results)), None)
+        if module is None:
             raise UnsupportedModelError(f"encoder: its input {unexplained[0]!r} has no explanation")
     if any(sample.keys() != sources.keys() for sample in samples):
         raise UnsupportedModelError("encoder: it is given other inputs from run to run")
     sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
     known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
     # Behind a merge pictures are counted apart from sequences, though each captured sequence has one.
-    apart = {key for key in sources if unexplained and samples[0][key].is_floating_point()}
+    merged = unexplained and "input_ids" in sources
+    apart = {key for key in sources if merged and samples[0][key].is_floating_point()}
     axes = {
         **name_axes([{k: v for k, v in sample.items() if k not in apart} for sample in samples], known),
         **name_axes([{k: v for k, v in sample.items() if k in apart} for sample in samples]),
