@@ -75,16 +75,18 @@ class PreparedEncoder(torch.nn.Module):
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Encoder`, from the user's inputs."""
         given: dict[str, Any] = {}
-        original, generate = GenerationMixin.generate, self.model.generate
+        library: Any = GenerationMixin
+        generate: Any = self.model.generate
+        original = library.generate
 
         def record(_: Any, **kwargs: Any) -> None:
             given.update(kwargs)
 
-        GenerationMixin.generate = record  # pyright: ignore[reportAttributeAccessIssue]
+        library.generate = record
         try:
             generate(**inputs)
         finally:
-            GenerationMixin.generate = original
+            library.generate = original
         return _fields(self._encoder[0](**{name: given[name] for name in self.taken}, **self.constants))
 
 
