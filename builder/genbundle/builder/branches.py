@@ -47,6 +47,8 @@ class _Branches(TorchFunctionMode):
         name, alone = getattr(func, "__name__", ""), len(args) == 1 and not kwargs
         if self.way.emptied and alone and name == "any":
             args[0].zero_()
+        if self.way.taken and name == "__format__" and args[0].numel() == 1:
+            return format(args[0].item(), *args[1:])  # of an expert that a name is made for; a tracer's has another
         if name in ("__bool__", "unbind", "__iter__", "numel"):
             return self._through(name, lambda: func(*args, **(kwargs or {})), args[0])
         result = func(*args, **(kwargs or {}))

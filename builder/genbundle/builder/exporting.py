@@ -193,7 +193,7 @@ def _dynamic(
     its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
     solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
     """
-    with quiet(), _without_checks(), open_sizes(module):
+    with quiet(), _without_checks(), _without_moves(), open_sizes(module):
         try:
             return export(_shapes(sample, axes, FREE_AXES, most))
         except Exception as error:  # upstream wraps what torch raises
@@ -222,6 +222,26 @@ def _without_checks() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _without_moves() -> Iterator[None]:
+    """Modules that are moved in a forward to the dtype and device that they have stay untouched.
+
+    A tracer's stand-ins for parameters can't be swapped for others, which `Module.to` does (Switch Transformers).
+    """
+    original: Any = torch.nn.Module.to
+
+    def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        there = all(item.dtype == (dtype or item.dtype) for item in module.parameters() if item.is_floating_point())
+        return module if there and device is None else original(module, *args, **kwargs)
+
+    torch.nn.Module.to = to
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original
 
 
 def _shapes(
