@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genbundle.builder.exporting import to_exported_program
+from genbundle.builder.exporting import HoldsFrom, to_exported_program
 from genbundle.bundles import UnsupportedModelError
 
 AXES = {"input_ids": {0: "batch", 1: "sequence"}}
@@ -39,6 +39,26 @@ def test_a_loop_over_chunks_is_seen():
 def test_what_holds_for_every_size_is_taken():
     program = to_exported_program(Sum(), SAMPLE, AXES, 512)
     assert program.module()(input_ids=torch.ones(3, 100))["total"].tolist() == [100.0] * 3
+
+
+class Blocks(torch.nn.Module):
+    """Sums of chunks of 64, each with the one before it: a single chunk is no case that a tracer generalizes to."""
+
+    config = None
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        padded = torch.nn.functional.pad(input_ids, (0, -input_ids.shape[1] % 64))
+        chunks = padded.reshape(input_ids.shape[0], -1, 64).sum(2)
+        return {"total": (chunks[:, :, None] * chunks[:, None]).sum((1, 2))}
+
+
+def test_a_program_for_prompts_from_a_length_on():
+    sample = {"input_ids": torch.ones(2, 293)}
+    with pytest.raises(HoldsFrom) as error:
+        to_exported_program(Blocks(), sample, AXES, 512)
+    assert error.value.least == 65
+    program = to_exported_program(Blocks(), sample, AXES, 512, least=65)
+    assert program.module()(input_ids=torch.ones(3, 65))["total"].tolist() == [65.0**2] * 3
 
 
 class Capped(torch.nn.Module):

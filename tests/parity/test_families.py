@@ -66,6 +66,18 @@ def test_the_same_sequences_as_eager(name, backend, loaded):
         np.testing.assert_array_equal(bundle.generate(**arrays, max_new_tokens=12, do_sample=False).sequences, expected)
 
 
+def test_prompts_of_one_chunk_go_another_way_than_longer_ones(loaded):
+    model, bundle = shrink.make("Mamba2ForCausalLM"), loaded("Mamba2ForCausalLM", "torch")
+    prompt = next(program for program in bundle.bundle.manifest.programs if program.name == "prompt")
+    assert prompt.least == model.config.chunk_size + 1
+    for length in (prompt.least - 1, prompt.least, 3 * prompt.least):
+        ids = torch.arange(10, 10 + length)[None]
+        with torch.no_grad():
+            expected = model.generate(ids, max_new_tokens=6, do_sample=False).numpy()
+        found = bundle.generate(input_ids=ids.numpy(), max_new_tokens=6, do_sample=False).sequences
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_an_encoder_decoder_goes_on_from_given_tokens(loaded):
     name = "T5ForConditionalGeneration"
     model, bundle = shrink.make(name), loaded(name, "torch")

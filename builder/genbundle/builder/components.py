@@ -18,7 +18,8 @@ class Component:
     axes of inputs and outputs, name -> axis -> symbolic name. sources: where the runtime takes each input from.
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
     in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
-    known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. guides:
+    known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. least:
+    the fewest. guides:
     inputs in the manifest that steer the runtime's calls and aren't the program's. placeholder_id: the token that
     stands in a prompt for each of the features among the outputs. alternative:
     what to export instead where this can't be.
@@ -36,6 +37,7 @@ class Component:
     optional: bool = False
     obstacle: str | None = None
     longest: int | None = None
+    least: int = 1
     guides: Mapping[str, Input] = field(default_factory=dict)
     placeholder_id: int | None = None
     alternative: "Component | None" = None

@@ -302,6 +302,8 @@ def _call(name: str, captures: list[Capture], phase: Phase) -> Call:
         values = [call.get(argument) for call in calls]
         if argument in _OF_THE_DECODER or not any(isinstance(value, torch.Tensor) for value in values):
             continue
+        if all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
+            continue  # pictures and sounds, which the encoder has seen: the replay says whether the decoder does too
         if all(_same(item.inputs.get(argument), value) for item, value in zip(captures, values, strict=True)):
             sources[argument] = Source(kind="user", name=argument)
         elif argument == "decoder_attention_mask" and all(v is not None and bool((v == 1).all()) for v in values):

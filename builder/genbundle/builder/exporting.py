@@ -31,6 +31,7 @@ FREE_AXES = frozenset({"batch", "sequence", "past"})
 _UNBOUNDED = 2**31
 _LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_LONGEST = 4096  # of the prompts whose lengths are tried one by one
 _TRIED = ((2, 2, 3), (3, 65, 64), (5, 700, 515), (4, 3, 2050))  # batch, new, past
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model's own code raises where it can't take its inputs."""
@@ -68,15 +69,15 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 class _ProgramExporter(DynamoExporter):
     """Upstream's exporter, with a look at the program before anything is made of it."""
 
-    def __init__(self, axes: Axes, longest: int | None):
+    def __init__(self, axes: Axes, longest: int | None, least: int):
         super().__init__()
-        self._axes, self._longest = axes, longest
+        self._axes, self._longest, self._least = axes, longest, least
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
         _expect_free(program, self._axes, self._longest)
-        _expect_open(program, self._axes, self._longest)
+        _expect_open(program, self._axes, self._longest, self._least)
         return program, metadata
 
 
@@ -110,35 +111,53 @@ def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
                 )
 
 
-def _expect_open(program: Any, axes: Axes, longest: int | None) -> None:
+class HoldsFrom(UnsupportedModelError):
+    """A program for prompts of `least` tokens and more; shorter ones take another way through the model's code."""
+
+    def __init__(self, least: int, guard: str):
+        super().__init__(f"the model's code takes another way for prompts of fewer than {least} tokens: {guard}")
+        self.least = least
+
+
+def _expect_open(program: Any, axes: Axes, longest: int | None, least: int) -> None:
     """UnsupportedModelError for a condition on lengths that held in the trace and doesn't hold for others.
 
     The tracer keeps conditions that involve several sizes beside the program, for a check before each call that no
-    engine makes. Those on other sizes than lengths are left to the replay.
+    engine makes. Those on other sizes than lengths are left to the replay. HoldsFrom where the condition holds for
+    all prompts of a length and more, unless that is `least`, the fewest tokens that the program will be called for.
     """
     shapes = {
         node.target: node.meta["val"].shape
         for node in program.graph.nodes
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
     }
-    one_token = "sequence" not in {symbol for item in axes.values() for symbol in item.values()}
+    symbols = {symbol for item in axes.values() for symbol in item.values()}
     for guard in getattr(program, "_guards_code", None) or ():
         places = {(name, int(axis)) for name, axis in _SIZE.findall(guard)}
         if any(name not in shapes for name, _ in places):
             continue
         named = {(name, axis): axes.get(name, {}).get(axis, shapes[name][axis]) for name, axis in places}
-        for batch, new, past in _TRIED:
-            new = 1 if one_token else new
+
+        def holds(batch: int, new: int, past: int, guard: str = guard, named: dict = named) -> bool | None:
+            """None where the condition is on something else, or where nothing is so long."""
             sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
             known = {place: symbol if isinstance(symbol, int) else sizes.get(symbol) for place, symbol in named.items()}
             if None in known.values() or (longest is not None and past + new > longest):
-                continue
-            code = _SIZE.sub(lambda match, known=known: str(known[match[1], int(match[2])]), guard)
+                return None
+            code = _SIZE.sub(lambda match: str(known[match[1], int(match[2])]), guard)
             try:
-                holds = eval(code, {"math": math, "torch": torch, "__builtins__": {"max": max, "min": min}})
+                return eval(code, {"math": math, "torch": torch, "__builtins__": {"max": max, "min": min}})
             except Exception:  # a condition on something else than sizes
-                break
-            if not holds:
+                return None
+
+        if "past" not in symbols and "sequence" in symbols:  # a prompt's program: every length in turn
+            bad = [new for new in range(1, _LONGEST) if holds(2, new, 0) is False or holds(3, new, 0) is False]
+            if bad and bad[-1] < _LONGEST // 2 and (longest is None or bad[-1] < longest):
+                if bad[-1] >= least:
+                    raise HoldsFrom(bad[-1] + 1, guard)
+                continue
+        for batch, new, past in _TRIED:
+            if holds(batch, new if "sequence" in symbols else 1, past) is False:
                 raise UnsupportedModelError(f"the model's code takes another way unless {guard}")
 
 
@@ -148,8 +167,9 @@ def to_exported_program(
     axes: Axes,
     longest: int | None,
     most: Mapping[str, int] | None = None,
+    least: int = 1,
 ) -> Any:
-    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only, for up to `longest` tokens.
+    """`module(**sample)` as a torch.export ExportedProgram, dynamic along `axes` only, for `least` to `longest` tokens.
 
     most: the largest size of the axes of a name, where an engine plans its memory by them; without it there is none.
     """
@@ -159,14 +179,21 @@ def to_exported_program(
         sample,
         axes,
         lambda shapes: (
-            _ProgramExporter(axes, longest).export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes)).program
+            _ProgramExporter(axes, longest, least)
+            .export(module, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            .program
         ),
         most or {},
     )
 
 
 def to_onnx(
-    module: Any, sample: dict[str, torch.Tensor], axes: Axes, longest: int | None, provider: str | None
+    module: Any,
+    sample: dict[str, torch.Tensor],
+    axes: Axes,
+    longest: int | None,
+    provider: str | None,
+    least: int = 1,
 ) -> "onnx_ir.Model":
     """The same as an ONNX model, fused for `provider` ("cpu", "cuda" or None)."""
     return _dynamic(
@@ -174,7 +201,7 @@ def to_onnx(
         sample,
         axes,
         lambda shapes: (
-            _GraphExporter(axes, longest)
+            _GraphExporter(axes, longest, least)
             .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
             .program
         ),
@@ -201,7 +228,8 @@ def _dynamic(
             fixed = next((line for text in causes for line in text.splitlines() if "to be a constant" in line), None)
             if fixed is not None:
                 raise UnsupportedModelError(f"the model's code fixes a size: {fixed.strip(' -')}") from error
-            if not any("Constraints violated" in text for text in causes):
+            # The second is what torch's search for better bounds ends in where there are none.
+            if not any("Constraints violated" in text or "inconsistent min" in text for text in causes):
                 raise
         return export(_shapes(sample, axes, frozenset(), most))
 

@@ -33,21 +33,26 @@ class Layer:
 
     attention: `(heads, width)` of its keys and of its values, for every token; None without attention. index: the width
     of the keys by which sparse attention picks tokens, one for every token; positions: how many numbers each token's
-    position has that it keeps beside them, None where it keeps none. states: tensors of a fixed size, by kind
-    and number (`conv_0`, `recurrent_0`), with their shapes behind the batch. numbers: how many of each the layer has
-    room for.
+    position has that it keeps beside them, None where it keeps none. states: tensors of a fixed size, by kind and
+    number (`conv_0`, `recurrent_0`), with their shapes behind the batch; integers: those that hold token ids. numbers:
+    how many of each the layer has room for.
     """
 
     attention: tuple[tuple[int, int], tuple[int, int]] | None = None
     index: int | None = None
     positions: int | None = None
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    integers: frozenset[str] = frozenset()
     numbers: int = 0
 
     @property
     def plain(self) -> bool:
         """Whether it keeps keys and values of every token and nothing else."""
         return self.attention is not None and not self.states
+
+    def dtype(self, kind: str) -> torch.dtype:
+        """Of one thing that it keeps, as `shapes` names it."""
+        return torch.long if kind == POSITIONS or kind in self.integers else torch.get_default_dtype()
 
     def shapes(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
         """The names of what it keeps and their shapes behind the batch; None for the axis that grows."""
@@ -88,16 +93,20 @@ def _describe(layer: Any, name: str) -> Layer:
             raise UnsupportedModelError(f"{name} keeps no keys of its own, which can't be carried yet")
         attention = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
     states: dict[str, tuple[int, ...]] = {}
+    integers = set()
     for group in ("conv", "recurrent"):
         for number, tensor in getattr(layer, f"{group}_states", {}).items():
             if tensor is not None:
                 states[f"{group}_{number}"] = tuple(tensor.shape[1:])
+                if not tensor.is_floating_point():
+                    integers.add(f"{group}_{number}")
     index = None if indexer is None else indexer.shape[2]
     return Layer(
         attention=attention,
         index=index,
         positions=None if positions is None else positions.shape[0],
         states=states,
+        integers=frozenset(integers),
         numbers=getattr(layer, "number_of_states", 0),
     )
 

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from genbundle.builder.attention import observe_attention
 from genbundle.builder.components import Component, runs
 from genbundle.builder.decoder import Decoder, language_model_of
-from genbundle.builder.layers import POSITIONS, Layer
+from genbundle.builder.layers import Layer
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.plan import Call, Capture, Plan, make_plan
 from genbundle.bundles.manifest import Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
 BATCH, NEW, PAST, _PROMPT = 2, 3, 5, 9
+_LONG_PROMPTS = (293, 127, 61, 31)  # primes, which no chunk divides
 
 
 def make_decoder_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
@@ -43,7 +44,7 @@ def text_components(
     # Token by token is right for any prompt, and slow: for those that the prompt's program can't take.
     routes = (Route(programs=("prompt",)), Route(programs=("decode",), one_by_one=True))
     flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
-    return [_prompt_component(model, plan, captures, fuse=fuse), decode], flow
+    return [_prompt_component(model, plan, captures, fuse=fuse, capacity=capacity), decode], flow
 
 
 def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
@@ -65,12 +66,17 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
     return with_past(decode, plan.layers, past)
 
 
-def _prompt_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
+def _prompt_component(
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None
+) -> Component:
     """The program `prompt`: token ids to logits and present, for the prompt alone."""
     call = plan.prompt
     assert call is not None
     fused = fuse and can_fuse_prompt(model, plan, captures)
-    sample, axes = text_sample(call, new=_PROMPT, past=0)
+    # A scan works through chunks, and a program for one of them takes no more.
+    long = next((size for size in _LONG_PROMPTS if size <= (capacity or size)), _PROMPT)
+    new = _PROMPT if plan.continues else long
+    sample, axes = text_sample(call, new=new, past=0)
     module = Decoder(
         model,
         plan.layers,
@@ -165,8 +171,8 @@ def with_past(component: Component, layers: Sequence[Layer], size: int = PAST) -
     for index, layer in enumerate(layers):
         for kind, shape in layer.shapes():
             past = f"past_{index}_{kind}"
-            dtype = torch.long if kind == POSITIONS else torch.get_default_dtype()
-            sample[past] = torch.zeros(BATCH, *(size if fixed is None else fixed for fixed in shape), dtype=dtype)
+            sizes = (size if fixed is None else fixed for fixed in shape)
+            sample[past] = torch.zeros(BATCH, *sizes, dtype=layer.dtype(kind))
             axes[past] = _state_axes(shape, "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
     return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")

@@ -78,7 +78,10 @@ def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, w
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
     notes = manifest.notes
     longest = max(check.prompt_length + check.new_tokens for check in checks)
-    missed = limits.not_reached(longest)
+    missed = list(limits.not_reached(longest))
+    missed += [
+        f"prompts of {p.least} tokens" for p in manifest.programs if p.least > max(c.prompt_length for c in checks)
+    ]
     if missed:
         notes += (f"verified on up to {longest} tokens; not reached: {', '.join(missed)}",)
     report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)

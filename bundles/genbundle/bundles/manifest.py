@@ -66,7 +66,8 @@ class Program:
     """One exported program; `roles` lists what was fused into it, in the order of the computation.
 
     placeholder_id: the token that stands in a prompt once for each row of the program's first output beside logits and
-    state, its features; `images.token_id` for an encoder of pictures that says nothing.
+    state, its features; `images.token_id` for an encoder of pictures that says nothing. least: the fewest tokens,
+    padding counted, that it may be called with.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Program:
     outputs: tuple[Output, ...]
     modality: str | None = None
     placeholder_id: int | None = None
+    least: int = 1
     method: str | None = None
     precision: str = "fp32"
 

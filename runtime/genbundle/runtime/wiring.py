@@ -160,7 +160,12 @@ class Wiring:
         if unknown:
             accepted = ", ".join([*TEXT_INPUTS, *self.user_inputs])
             raise InputError(f"this bundle takes no input {sorted(unknown)[0]!r}; it takes {accepted}")
-        routes = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
+        length = token_ids(inputs).shape[1]
+        routes = [
+            route
+            for route in self.manifest.flow.prompt
+            if given.issuperset(route.needs) and all(self._entries[name].least <= length for name in route.programs)
+        ]
         if not routes:
             needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
             raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from genbundle.builder.branches import taken_branches
 from genbundle.builder.components import Component, dtype_of, shape_of
-from genbundle.builder.exporting import first_line
+from genbundle.builder.exporting import HoldsFrom, first_line
 from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
@@ -55,7 +55,14 @@ def lower_each(
             if component.obstacle is not None:
                 raise UnsupportedModelError(f"{component.name}: {component.obstacle}")
             with naming(component), taken_branches(component.module, component.sample):
-                lowered = lower(component)
+                try:
+                    lowered = lower(component)
+                except HoldsFrom as error:
+                    # Shorter prompts can only go without it.
+                    if not component.optional or component.alternative is not None:
+                        raise
+                    component = replace(component, least=error.least)
+                    lowered = lower(component)
         except UnsupportedModelError as error:
             if component.alternative is not None:
                 if component.alternative.name != component.name:

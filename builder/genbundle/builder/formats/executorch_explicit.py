@@ -92,7 +92,9 @@ def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, i
 
 def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
     with torch.no_grad():
-        exported = to_exported_program(component.module, component.sample, component.axes, capacity, most)
+        exported = to_exported_program(
+            component.module, component.sample, component.axes, capacity, most, component.least
+        )
     give_equal_ranks(exported.graph)
     return exported
 

@@ -70,7 +70,7 @@ def _lower(component: Component, provider: str) -> ir.Model:
     """The component as an ONNX graph, fused and simplified."""
     # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
     fused_for = provider if component.fusions and provider == "cpu" else None
-    model = to_onnx(component.module, component.sample, component.axes, component.longest, fused_for)
+    model = to_onnx(component.module, component.sample, component.axes, component.longest, fused_for, component.least)
     _expect_dynamic(model, component)
     share_transposed_weights(model)
     unfuse_batch_transposes(model)
@@ -150,6 +150,7 @@ def _describe(model: ir.Model, component: Component, states: dict[str, State]) -
         roles=component.roles,
         modality=component.modality,
         placeholder_id=component.placeholder_id,
+        least=component.least,
         inputs=inputs,
         outputs=tuple(outputs),
     )

@@ -40,7 +40,9 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
 
 def _lower(component: Component) -> Any:
     """The component as an ExportedProgram."""
-    exported = to_exported_program(component.module, component.sample, component.axes, component.longest)
+    exported = to_exported_program(
+        component.module, component.sample, component.axes, component.longest, least=component.least
+    )
     if any(node.target is torch.ops.higher_order.flat_apply for node in exported.graph.nodes):
         # A mask made by vmap calls Python functions, which no archive holds; tracing once more runs through them.
         exported = exported.run_decompositions({})
@@ -92,6 +94,7 @@ def describe_program(
         roles=component.roles,
         modality=component.modality,
         placeholder_id=component.placeholder_id,
+        least=component.least,
         inputs=describe_inputs(component, set(component.sample), lambda name: name),
         outputs=outputs,
     )
