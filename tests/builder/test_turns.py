@@ -128,3 +128,16 @@ def test_the_least_of_open_sizes_stays_open():
         x = torch.rand(3, length)
         torch.testing.assert_close(program.module()(x=x)["y"], x.topk(min(4, length), dim=1).values)
     assert "min" not in globals()
+
+
+def test_a_size_asked_for_as_a_number_stays_open():
+    class Counted(torch.nn.Module):
+        def forward(self, x):
+            length = int(x.shape[1])
+            return {"y": x * length + int(2.5)}
+
+    program = to_exported_program(Counted(), {"x": torch.rand(2, 9)}, {"x": {0: "batch", 1: "sequence"}}, None)
+    for length in (2, 4, 20):
+        x = torch.rand(3, length)
+        torch.testing.assert_close(program.module()(x=x)["y"], x * length + 2)
+    assert "int" not in globals()

@@ -31,6 +31,7 @@ CASES = [
     ("EncoderDecoderModel", "cpu"),  # its encoder gives more than its decoder reads
     ("T5ForConditionalGeneration", "torch"),
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
+    ("ProphetNetForConditionalGeneration", "torch"),  # one token after a past, and that past as a number
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.

@@ -21,7 +21,7 @@ from transformers.exporters.utils import decompose_prefill_decode, prepare_for_e
 
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.noise import quiet
-from genbundle.builder.symbolic import open_sizes
+from genbundle.builder.symbolic import open_numbers, open_sizes
 from genbundle.bundles import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -222,16 +222,31 @@ def _dynamic(
     """
     with quiet(), _without_checks(), _without_moves(), open_sizes(module):
         try:
-            return export(_shapes(sample, axes, FREE_AXES, most))
-        except Exception as error:  # upstream wraps what torch raises
-            causes = [str(item) for item in (error, error.__cause__, error.__context__)]
-            fixed = next((line for text in causes for line in text.splitlines() if "to be a constant" in line), None)
-            if fixed is not None:
-                raise UnsupportedModelError(f"the model's code fixes a size: {fixed.strip(' -')}") from error
-            # The second is what torch's search for better bounds ends in where there are none.
-            if not any("Constraints violated" in text or "inconsistent min" in text for text in causes):
-                raise
-        return export(_shapes(sample, axes, frozenset(), most))
+            return _tried(sample, axes, export, most)
+        except HoldsFrom:
+            raise
+        except UnsupportedModelError as error:
+            try:
+                with open_numbers(module):
+                    return _tried(sample, axes, export, most)
+            except Exception:  # the first one says more
+                raise error from error.__cause__
+
+
+def _tried(
+    sample: Mapping[str, torch.Tensor], axes: Axes, export: Callable[[dict], Any], most: Mapping[str, int]
+) -> Any:
+    try:
+        return export(_shapes(sample, axes, FREE_AXES, most))
+    except Exception as error:  # upstream wraps what torch raises
+        causes = [str(item) for item in (error, error.__cause__, error.__context__)]
+        fixed = next((line for text in causes for line in text.splitlines() if "to be a constant" in line), None)
+        if fixed is not None:
+            raise UnsupportedModelError(f"the model's code fixes a size: {fixed.strip(' -')}") from error
+        # The second is what torch's search for better bounds ends in where there are none.
+        if not any("Constraints violated" in text or "inconsistent min" in text for text in causes):
+            raise
+    return export(_shapes(sample, axes, frozenset(), most))
 
 
 @contextmanager
