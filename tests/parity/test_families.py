@@ -32,6 +32,7 @@ CASES = [
     ("T5ForConditionalGeneration", "torch"),
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
     ("ProphetNetForConditionalGeneration", "torch"),  # one token after a past, and that past as a number
+    ("PPFormulaNetForConditionalGeneration", "torch"),  # a cross-attention of another length than its encoder
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
