@@ -26,12 +26,12 @@ def text(length: int, seed: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def sample(model: PreTrainedModel, before: int, after: int, size: int, seed: int) -> Inputs:
-    """One prompt: `before` and `after` tokens around a picture or sound of the `size`-th size, or text alone."""
+def sample(model: PreTrainedModel, before: int, after: int, size: int, seed: int, *, clip: bool = False) -> Inputs:
+    """One prompt: `before` and `after` tokens around a picture, clip or sound of the `size`-th size, or text alone."""
     name = type(model).__name__
     if name in sample_media.WHOLE:
         return sample_media.WHOLE[name](model, before + after, size, seed)
-    media = sample_media.media(model, size, seed)
+    media = sample_media.clip(model, size, seed) if clip else sample_media.media(model, size, seed)
     if media is None:
         return text(before + after, seed)
     if media.only:
@@ -42,7 +42,7 @@ def sample(model: PreTrainedModel, before: int, after: int, size: int, seed: int
     result = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media.inputs}
     wanted = inspect.signature(model.forward).parameters
     if "mm_token_type_ids" in wanted:
-        result["mm_token_type_ids"] = (ids == media.placeholder).int()
+        result["mm_token_type_ids"] = (ids == media.placeholder).int() * (2 if clip else 1)
     if "moe_mm_token_type_ids" in wanted:
         result["moe_mm_token_type_ids"] = (ids == media.placeholder).int()
     if "token_type_ids" in wanted:
@@ -71,7 +71,9 @@ def batched(rows: list[Inputs], side: str) -> Inputs:
     return result
 
 
-def variants(model: PreTrainedModel, margin: Callable[[PreTrainedModel, Inputs], float]) -> dict[str, list[Inputs]]:
+def variants(
+    model: PreTrainedModel, margin: Callable[[PreTrainedModel, Inputs], float], *, clip: bool = False
+) -> dict[str, list[Inputs]]:
     """Two samples to build from, and two or three that check; of several contents the first with a clear margin.
 
     `margin` generates and gives the smallest distance between the two best logits.
@@ -79,7 +81,7 @@ def variants(model: PreTrainedModel, margin: Callable[[PreTrainedModel, Inputs],
     side = "right" if model.config.is_encoder_decoder else "left"
 
     def row(before: int, after: int, size: int, seed: int) -> Inputs:
-        return sample(model, before, after, size, seed)
+        return sample(model, before, after, size, seed, clip=clip)
 
     makers: list[Callable[[int], Inputs]] = [lambda seed: row(9, 10, 2, seed)]
     if batches(model):

@@ -398,3 +398,37 @@ def finished(model: PreTrainedModel, inputs: Inputs, media: Media) -> Inputs:
         boxes = torch.rand(1, length, 4, generator=torch.Generator().manual_seed(length))
         return {**inputs, "bbox": boxes.sort(-1).values}
     return inputs
+
+
+CLIPS = ((2, 4, 4), (3, 4, 4), (2, 4, 8))
+
+
+def clip(model: PreTrainedModel, size: int, seed: int) -> Media:
+    """A clip for `model`: frames in packed patches with their grid, or as pictures."""
+    wanted = inspect.signature(model.forward).parameters
+    vision = sub_config(model, "vision_config")
+    token = placeholder(model, "video")
+    if "video_grid_thw" not in wanted:
+        side = number(first_of(vision, "image_size", default=32))
+        frames = 8 if "VideoLlava" in type(model).__name__ else 2 + size
+        inputs: Inputs = {"pixel_values_videos": noise(seed, 1, frames, 3, side, side)}
+        return Media(inputs, [token] * rows(features_of(model, "get_video_features", inputs)), token)
+    time, height, width = CLIPS[size]
+    patch, pieces = number(vision.patch_size), number(vision.temporal_patch_size)
+    inputs = {
+        "pixel_values_videos": noise(seed, time * height * width, 3 * pieces * patch * patch),
+        "video_grid_thw": torch.tensor([[time, height, width]]),
+    }
+    if "second_per_grid_ts" in wanted:
+        inputs["second_per_grid_ts"] = torch.tensor([1.0 + size / 2])
+    count = rows(features_of(model, "get_video_features", inputs)) // time
+    tokens = [token] * count * time
+    if name_of_time(model):
+        # A time before each frame, between marks.
+        tokens = [part for frame in range(time) for part in (20 + frame, 248, *[token] * count, 249)]
+    return Media(inputs, tokens, token)
+
+
+def name_of_time(model: PreTrainedModel) -> bool:
+    """Whether prompts name each frame's time instead of counting it among the positions."""
+    return type(model).__name__.startswith(("Qwen3VL", "Qwen3_5"))

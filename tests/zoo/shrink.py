@@ -120,10 +120,10 @@ def silence_tokens(model: hf.PreTrainedModel, tokens: set[int]) -> None:
         bias[rows] = 0
 
 
-def variants(name: str, model: hf.PreTrainedModel) -> dict[str, list[Inputs]]:
+def variants(name: str, model: hf.PreTrainedModel, *, clip: bool = False) -> dict[str, list[Inputs]]:
     """Generate kwargs for `model`: two to build from and two or more, never built from, to check with."""
     del name  # the model knows its class
-    return sample_inputs.variants(model, lambda asked, inputs: observed(asked, inputs).margin)
+    return sample_inputs.variants(model, lambda asked, inputs: observed(asked, inputs).margin, clip=clip)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.backends import EXPORTERS, OTHERWISE
 from genbundle.builder.exporting import first_line
 from genbundle.builder.formats import Exported
-from genbundle.builder.image_text import image_token
+from genbundle.builder.image_text import feature_token
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, load
@@ -145,7 +145,7 @@ def _export(
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
         images = describe_images(loaded.processor, model.config)
-    token = image_token(model, captures)
+    token = feature_token(model, captures)
     if token is not None and images is None:
         images = Images(input="pixel_values", reason="the bundle was built without the model's processor")
     if token is not None and images is not None and images.token_id is None:

@@ -34,11 +34,12 @@ class Features:
 
     path: tuple[str | int, ...]
     pieces: bool
+    modality: str
 
     @property
     def name(self) -> str:
         """The program output's name."""
-        return "_".join(("image", *map(str, self.path)))
+        return "_".join((self.modality, *map(str, self.path)))
 
     def read(self, output: Any) -> torch.Tensor:
         """The features in an encoder's output object."""
@@ -57,16 +58,16 @@ class Features:
             levels.append(value)
 
 
-def candidate_features(output: Any) -> list[Features]:
+def candidate_features(output: Any, modality: str) -> list[Features]:
     """Every feature field of an encoder's output object, in order."""
     found: list[Features] = []
     for field, value in output.items():
         if isinstance(value, torch.Tensor):
-            found.append(Features(path=(field,), pieces=False))
+            found.append(Features(path=(field,), pieces=False, modality=modality))
         elif isinstance(value, tuple | list) and value and all(isinstance(item, torch.Tensor) for item in value):
-            found.append(Features(path=(field,), pieces=True))
+            found.append(Features(path=(field,), pieces=True, modality=modality))
         elif isinstance(value, tuple | list) and value and all(isinstance(item, tuple | list) for item in value):
-            found.extend(Features(path=(field, level), pieces=True) for level in range(len(value)))
+            found.extend(Features(path=(field, level), pieces=True, modality=modality) for level in range(len(value)))
     return found
 
 

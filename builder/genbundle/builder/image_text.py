@@ -1,4 +1,4 @@
-"""The programs of an image-text model: encoder (with projector), merge, prompt, and decode for the steps."""
+"""The programs of a model of pictures or video: encoder (with projector), merge, prompt, and decode for the steps."""
 
 import copy
 import re
@@ -20,7 +20,6 @@ from genbundle.bundles.manifest import Flow, Input, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS
 from genbundle.runtime.positions import POSITION_INPUTS
 
-MODALITY = "image"
 _TOKEN_NAME = re.compile(r"(?!bos|eos|pad|decoder)\w+_token_(id|index)")
 _STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
 
@@ -28,22 +27,21 @@ _STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
 def image_text_components(
     model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None, text_alone: bool
 ) -> tuple[list[Component], Flow]:
-    """The components of an image-text model and how they are called.
+    """The components of a model of pictures (or video) and text, and how they are called.
 
     fuse: use GroupQueryAttention where a program's attention allows it. text_alone: the model also generates from text
     without a picture, which the step's program then takes.
     """
-    outputs = [item.prompt["mm_encoder_outputs"].get(MODALITY) for item in captures]
-    if any(output is None for output in outputs):
-        raise UnsupportedModelError(f"{type(model).__name__}: generate gave no {MODALITY} encoder output for a sample")
+    modality = _modality(model, captures)
+    outputs = [item.prompt["mm_encoder_outputs"][modality] for item in captures]
     sizes = {
         tuple(item.prompt["input_ids"].shape[0] for item in captures): "batch",
         tuple(item.prompt["input_ids"].shape[1] for item in captures): "sequence",
     }
     constants = constant_arguments([item.prompt for item in captures], f"{type(model).__name__}: the prompt's", _STATE)
     given = [_prompt_tensors(item, captures[0]) for item in captures]
-    features = _features(model, outputs[0], given[0], constants)
-    merge = Merge(model, MODALITY, features, type(outputs[0]), constants)
+    features = _features(model, modality, outputs[0], given[0], constants)
+    merge = Merge(model, modality, features, type(outputs[0]), constants)
     samples = [
         {**inputs, **{item.name: item.read(output) for item in features}}
         for inputs, output in zip(given, outputs, strict=True)
@@ -65,7 +63,10 @@ def image_text_components(
         **_prompt_sources(model, plan, captures, given),
         **{item.name: Source(kind="output", name=item.name) for item in features},
     }
-    encoder = in_pieces(encoder_component(model, MODALITY, captures, features))
+    encoder = encoder_component(model, modality, captures, features)
+    # Those of pictures stand among what the manifest says of pictures.
+    token = None if modality == "image" else feature_token(model, captures, modality)
+    encoder = in_pieces(replace(encoder, placeholder_id=token))
     merged = Component(
         name="merge",
         roles=("merge",),
@@ -144,9 +145,26 @@ def placeholder_token(model: PreTrainedModel, captures: list[Capture], counts: l
     return found[0] if len(found) == 1 else None
 
 
-def image_token(model: PreTrainedModel, captures: list[Capture]) -> int | None:
-    """The placeholder token of pictures; None for captures without pictures or without such a token."""
-    outputs = [item.prompt.get("mm_encoder_outputs", {}).get(MODALITY) for item in captures]
+def _modality(model: PreTrainedModel, captures: list[Capture]) -> str:
+    """What the encoder of every captured prompt encoded: image or video."""
+    found = {
+        tuple(name for name, output in item.prompt["mm_encoder_outputs"].items() if output is not None)
+        if item.prompt.get("mm_encoder_outputs")
+        else ()
+        for item in captures
+    }
+    kinds = found.pop()
+    if found or len(kinds) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a bundle takes pictures or video, the same in every sample; these hold "
+            f"{sorted({kind for other in (kinds, *found) for kind in other})}"
+        )
+    return kinds[0]
+
+
+def feature_token(model: PreTrainedModel, captures: list[Capture], modality: str = "image") -> int | None:
+    """The placeholder token of pictures (or video); None for captures without them or without such a token."""
+    outputs = [item.prompt.get("mm_encoder_outputs", {}).get(modality) for item in captures]
     if any(output is None for output in outputs):
         return None
     counts = []
@@ -158,16 +176,16 @@ def image_token(model: PreTrainedModel, captures: list[Capture]) -> int | None:
     return placeholder_token(model, captures, counts)
 
 
-def _features(model: PreTrainedModel, output: Any, inputs: dict, constants: dict) -> list[Features]:
-    candidates = candidate_features(output)
+def _features(model: PreTrainedModel, modality: str, output: Any, inputs: dict, constants: dict) -> list[Features]:
+    candidates = candidate_features(output, modality)
 
     def run(encoder_output: Any) -> dict[str, torch.Tensor]:
-        probe = _Probe(model, MODALITY, [], type(output), constants)
+        probe = _Probe(model, modality, [], type(output), constants)
         probe.encoder_output = encoder_output
         with torch.no_grad():
             return tensors_of(probe.called_with(inputs))
 
-    return needed_features(model, MODALITY, output, candidates, run)
+    return needed_features(model, modality, output, candidates, run)
 
 
 class _Probe(Merge):

@@ -276,7 +276,14 @@ def _position_candidates(model: PreTrainedModel, item: Capture) -> Iterator[tupl
     if "mm_token_type_ids" not in item.inputs:
         tokens = [{"image_token_id": token} for token in item.inputs["input_ids"].unique().tolist()]
     axes = {"axes": 3} if rows == 3 else {}
+    paces = [getattr(owner, "tokens_per_second", None) for owner in owners]
+    clips: list[dict[str, Any]] = [{}, {"apart": True}]
+    clips += [{"tokens_per_second": pace} for pace in dict.fromkeys(paces) if isinstance(pace, int | float)]
     for merge in dict.fromkeys(value for value in merges if isinstance(value, int)):
+        if "video_grid_thw" in item.inputs:
+            for clip in clips:
+                yield "mrope_clips", {"spatial_merge_size": merge, **axes, **clip}
+            continue
         for token in tokens:
             yield "mrope", {"spatial_merge_size": merge, **token, **axes}
             yield "mrope", {"spatial_merge_size": merge, **token, **axes, "padding": 1}

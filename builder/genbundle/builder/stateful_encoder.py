@@ -40,7 +40,7 @@ def picture_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[
     outputs = [item.prompt["mm_encoder_outputs"].get("image") for item in captures]
     if any(output is None for output in outputs):
         raise UnsupportedModelError("image_encoder: generate gave no image features for one of the inputs")
-    features = [item for item in candidate_features(outputs[0]) if item.path[0] in _FEATURES]
+    features = [item for item in candidate_features(outputs[0], "image") if item.path[0] in _FEATURES]
     if not features or features[0].path != ("pooler_output",):
         raise UnsupportedModelError("image_encoder: get_image_features gave no pooler_output to take features from")
     counts = [math.prod(features[0].read(output).shape[:-1]) for output in outputs]

@@ -6,7 +6,7 @@ positions before it writes the rule's name into the manifest.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,22 +40,54 @@ def mrope(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
     if kinds is None:
         axes = np.broadcast_to(counted, (3, *counted.shape))
         return axes if options.get("axes") == 3 else np.broadcast_to(counted, (4, *counted.shape))
-    ids, grids = inputs["input_ids"], iter(inputs["image_grid_thw"])
+    return _mrope(inputs, options, kinds, {1: ((grid, 1.0) for grid in inputs["image_grid_thw"])}, counted)
+
+
+def mrope_clips(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
+    """As `mrope` (without its `image_token_id`), beside pictures also clips: `mm_token_type_ids` 2, `video_grid_thw`.
+
+    With the option `apart` each frame of a clip is a picture by itself. With `tokens_per_second` a clip's times are
+    that and its `second_per_grid_ts` (1 where not given) times as large, in float32, fractions cut off.
+    """
+    counted, kinds = cumsum(inputs, options), inputs.get("mm_token_type_ids")
+    clips = inputs.get("video_grid_thw")
+    if kinds is None or clips is None:
+        return mrope(inputs, options)
+    seconds = inputs.get("second_per_grid_ts", np.ones(len(clips))).astype(np.float32)
+    paces = np.float32(options["tokens_per_second"]) * seconds if "tokens_per_second" in options else seconds * 0 + 1
+    times = np.maximum(clips[:, 0], 0)
+    if options.get("apart"):
+        paces, clips = np.repeat(paces, times), np.repeat(clips, times, axis=0)
+        clips[:, 0] = 1
+    pictures = ((grid, 1.0) for grid in inputs.get("image_grid_thw", ()))
+    return _mrope(inputs, options, kinds, {1: pictures, 2: zip(clips, paces, strict=True)}, counted)
+
+
+def _mrope(
+    inputs: Inputs, options: dict[str, Any], kinds: np.ndarray, grids: dict[int, Iterator[Any]], counted: np.ndarray
+) -> np.ndarray:
+    """The axes of `mrope` for `kinds` of tokens, whose grids and paces of time `grids` holds in order."""
     merge = int(options["spatial_merge_size"])
     mask = inputs["attention_mask"].astype(bool)
-    axes = np.full((3, *ids.shape), options.get("padding", 0), np.int64)
-    for row in range(ids.shape[0]):
+    axes = np.full((3, *kinds.shape), options.get("padding", 0), np.int64)
+    for row in range(len(kinds)):
         pieces, position = [], 0
         for kind, start, end in _runs(kinds[row][mask[row]]):
             if kind == 0:
                 pieces.append(np.broadcast_to(np.arange(end - start) + position, (3, end - start)))
                 position += end - start
                 continue
+            if kind not in grids:
+                raise ValueError(f"mm_token_type_ids {kind} has no position rule")
             while start < end:  # pictures side by side
-                time, height, width = (int(size) for size in next(grids))
+                grid, pace = next(grids[kind])
+                time, height, width = (int(size) for size in grid)
                 height, width = height // merge, width // merge
                 start += time * height * width
-                pieces.append(np.indices((time, height, width)).reshape(3, -1) + position)
+                places = np.indices((time, height, width)).reshape(3, -1)
+                if pace != 1:
+                    places[0] = (places[0].astype(np.float32) * np.float32(pace)).astype(np.int64)
+                pieces.append(places + position)
                 position += max(height, width)
         axes[:, row, mask[row]] = np.concatenate(pieces, 1)[:, : mask[row].sum()]
     return axes if options.get("axes") == 3 else np.concatenate([counted[None], axes])
@@ -78,6 +110,8 @@ def mrope_in_place(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
         for kind, start, end in _runs(kinds[row][mask[row]]):
             if kind == 0:
                 continue
+            if kind != 1:
+                raise ValueError(f"mm_token_type_ids {kind} has no position rule")
             _, height, width = (int(size) // merge for size in inputs["image_grid_thw"][number])
             grid = np.indices((height, width + 1)).reshape(2, -1)
             spare = end - start - grid.shape[1]
@@ -101,23 +135,21 @@ def _kinds(inputs: Inputs, options: dict[str, Any]) -> np.ndarray | None:
 def _runs(kinds: np.ndarray) -> list[tuple[int, int, int]]:
     """Kind, beginning and end of each run of one kind."""
     edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    runs = [(int(kinds[start]), start, end) for start, end in itertools.pairwise(edges) if end > start]
-    unknown = [kind for kind, _, _ in runs if kind not in (0, 1)]
-    if unknown:
-        raise ValueError(f"mm_token_type_ids {unknown[0]} has no position rule")
-    return runs
+    return [(int(kinds[start]), start, end) for start, end in itertools.pairwise(edges) if end > start]
 
 
 POSITION_RULES: dict[str, Callable[[Inputs, dict[str, Any]], np.ndarray]] = {
     "cumsum": cumsum,
     "arange": arange,
     "mrope": mrope,
+    "mrope_clips": mrope_clips,
     "mrope_in_place": mrope_in_place,
 }
 
 # The generation inputs, besides text, that a rule reads where they are given.
 POSITION_INPUTS: dict[str, tuple[str, ...]] = {
     "mrope": ("mm_token_type_ids", "image_grid_thw"),
+    "mrope_clips": ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
     "mrope_in_place": ("mm_token_type_ids", "image_grid_thw"),
 }
 
