@@ -65,3 +65,27 @@ def test_layers_of_computed_weights_become_products() -> None:
     assert [node.args[1].name for node in kept] == ["p_between_weight"]
     torch.testing.assert_close(program.run_decompositions().module()(values), module(values))
     assert not multiply_by_computed_weights(program)
+
+
+class Resized(torch.nn.Module):
+    def forward(self, images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        size = (like.shape[0], like.shape[1])
+        return torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def test_antialiased_resizing_to_a_size_that_varies() -> None:
+    images, like = torch.randn(1, 3, 6, 6), torch.zeros(3, 9)
+    free = {"images": None, "like": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    replaced = replace_missing_kernels(torch.export.export(Resized(), (images, like), dynamic_shapes=free))
+    assert not any("_aa" in str(node.target) for node in replaced.graph.nodes)
+    for size in ((3, 9), (4, 2), (12, 6)):
+        found = replaced.module()(images, torch.zeros(size))
+        torch.testing.assert_close(found, Resized()(images, torch.zeros(size)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_of_whole_patches_is_a_product() -> None:
+    module, patches = torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), torch.randn(5, 3, 2, 4, 4)
+    free = {0: torch.export.Dim.AUTO}
+    replaced = replace_missing_kernels(torch.export.export(module, (patches,), dynamic_shapes=(free,)))
+    assert not any("conv" in str(node.target) for node in replaced.graph.nodes)
+    torch.testing.assert_close(replaced.module()(patches[:3]), module(patches[:3]), rtol=1e-5, atol=1e-5)

@@ -75,6 +75,60 @@ def bucketize(
     return below.sum(-1, dtype=torch.int32 if out_int32 else torch.long)
 
 
+def conv3d(
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """One that takes each of its inputs whole, as a product; ExecuTorch's convolutions have two axes at most."""
+    kernel = weight.shape[2:]
+    whole = values.dim() == 5 and all(size == own for size, own in zip(values.shape[2:], kernel, strict=True))
+    if not whole or groups != 1 or {*_numbers(padding)} != {0} or {*_numbers(dilation)} != {1}:
+        return NotImplemented
+    product = values.flatten(1) @ weight.flatten(1).T
+    return (product if bias is None else product + bias)[:, :, None, None, None]
+
+
+def _numbers(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def antialiased(
+    images: torch.Tensor,
+    size: list[int],
+    align_corners: bool,
+    scale_h: float | None = None,
+    scale_w: float | None = None,
+) -> torch.Tensor:
+    """`_upsample_bilinear2d_aa` as two products; ExecuTorch's kernel takes outputs of one size only."""
+    if align_corners:
+        return NotImplemented
+    wide = images @ _triangles(images, images.shape[3], size[1], scale_w).T
+    return (wide.transpose(2, 3) @ _triangles(images, images.shape[2], size[0], scale_h).T).transpose(2, 3)
+
+
+def antialiased_vec(
+    images: torch.Tensor, size: list[int] | None, align_corners: bool, scales: list[float] | None
+) -> torch.Tensor:
+    """The same as it stands before it is resolved; with factors instead of a size it is left as it is."""
+    return NotImplemented if size is None or scales else antialiased(images, size, align_corners)
+
+
+def _triangles(images: torch.Tensor, old: int, new: int, scale: float | None) -> torch.Tensor:
+    """How much each of `old` pixels weighs in each of `new`, `[new, old]`."""
+    # Sizes as tensors: a size that is only known when the program runs stays exact.
+    sizes = images.new_ones(old).sum(), images.new_ones(new).sum()
+    ratio = sizes[0] / sizes[1] if scale is None else images.new_full((), 1.0 / scale)
+    centres = (torch.arange(new, dtype=images.dtype, device=images.device) + 0.5) * ratio
+    pixels = torch.arange(old, dtype=images.dtype, device=images.device) + 0.5
+    weights = (1.0 - (pixels - centres[:, None]).abs() / ratio.clamp(min=1.0)).clamp(min=0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
 DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.aten.erfinv.default: erfinv,
     torch.ops.aten.sort.default: sort,
@@ -82,6 +136,9 @@ DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.aten.argsort.default: argsort,
     torch.ops.aten.argsort.stable: stable_argsort,
     torch.ops.aten.bucketize.Tensor: bucketize,
+    torch.ops.aten.conv3d.default: conv3d,
+    torch.ops.aten._upsample_bilinear2d_aa.default: antialiased,
+    torch.ops.aten._upsample_bilinear2d_aa.vec: antialiased_vec,
 }
 
 
