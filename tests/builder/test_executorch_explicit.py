@@ -1,5 +1,6 @@
 """Programs that take and return their state, as methods of one .pte."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def test_every_axis_has_a_largest_size() -> None:
         axes={"x": {1: "x_1"}}, sources={},
     )  # fmt: skip
     assert largest_sizes([frames], CAPACITY)["x_1"] == 400
+    grid = replace(frames, sample={"x": torch.zeros(1, 6, 3)}, axes={"x": {1: "x_1", 2: "x_2"}})
+    assert largest_sizes([grid], CAPACITY) == {"x_1": 12, "x_2": 6}
+    assert largest_sizes([grid], 100) == {"x_1": 12, "x_2": 10}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ torch.export backends, for one sequence at a time, with a bound for every axis t
 its memory. ExecuTorch's own runners don't run such a .pte; this runtime does.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from genbundle.bundles.manifest import State
 
 # Axes that don't count tokens (frames, patches) may be this many times as long as in the captured inputs.
 _LONGER = 4
+_LENGTHS = frozenset({"batch", "sequence", "past", "total"})
 
 
 def export_explicit(components: Iterable[Component], capacity: int, path: Path, progress: Progress) -> Exported:
@@ -80,14 +82,22 @@ def one_sequence(component: Component) -> Component:
 
 
 def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, int]:
-    """The largest size of the axes of each name: the capacity, or a multiple of the sample's size if that is long."""
+    """The largest size of the axes of each name: the capacity, or a multiple of the sample's size if that is long.
+
+    Axes that span an input together (height and width) multiply, and so does the memory that is planned for them: each
+    of these is at most twice the sample's, or the capacity's root.
+    """
     sizes: dict[str, int] = {}
+    spanning: dict[str, int] = {}
     for component in components:
         for name, axes in component.axes.items():
+            free = [symbol for symbol in axes.values() if symbol.partition("_")[0] not in _LENGTHS]
             for axis, symbol in axes.items():
                 found = component.sample[name].shape[axis] if name in component.sample else 0
                 sizes[symbol] = max(sizes.get(symbol, capacity), found * _LONGER if found > capacity // 2 else 0)
-    return sizes
+                if len(free) > 1 and symbol in free:
+                    spanning[symbol] = max(spanning.get(symbol, math.isqrt(capacity)), found * 2)
+    return sizes | spanning
 
 
 def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
