@@ -140,3 +140,15 @@ def test_state_goes_out_where_it_fails_its_check_inside(tmp_path: Path, monkeypa
     expected = generate(ids, max_new_tokens=8, do_sample=False)
     found = load_bundle(bundle.path).generate(input_ids=ids.numpy(), max_new_tokens=8, do_sample=False)
     assert found.sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_sequences_of_any_number_and_length_are_convolved(tmp_path: Path) -> None:
+    """XNNPACK refuses such a convolution only when it is serialized."""
+    free = {0: torch.export.Dim.AUTO(max=8), 2: torch.export.Dim.AUTO(max=64)}
+    module = torch.nn.Conv1d(4, 6, 3, padding=1)
+    program = torch.export.export(module, (torch.zeros(2, 4, 9),), dynamic_shapes=(free,))
+    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, lower_programs
+
+    lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
+    assert (tmp_path / "model.pte").stat().st_size

@@ -115,16 +115,18 @@ def _lower(
     """Write the methods; the ones that are in the file, which is all but optional ones that can't be lowered."""
     try:
         lower({component.name: exported for component, exported in lowered})
-    except UnsupportedModelError:
+    except UnsupportedModelError as first:
         # Together they fail without a word on which of them it was.
         able = []
         for component, exported in lowered:
             try:
                 lower({component.name: exported})
             except UnsupportedModelError as error:
+                # Sizes that only a running program knows can't be traced twice: then the first error is the cause.
+                cause = first if "Unbacked" in str(error) else error
                 if not component.optional:
-                    raise
-                notes.append(f"done without a program of its own: {error}")
+                    raise UnsupportedModelError(f"{component.name}: {cause}") from first
+                notes.append(f"done without a program of its own: {cause}")
             else:
                 able.append((component, exported))
         if len(able) == len(lowered):

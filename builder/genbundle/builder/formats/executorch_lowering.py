@@ -16,6 +16,7 @@ from executorch.backends.xnnpack.partition.config import (
     node_configs,
     xnnpack_config,
 )
+from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
 from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
@@ -52,6 +53,23 @@ class ExactGeluConfig(GeluConfig):
     def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
         """Whether XNNPACK takes the node."""
         return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
+
+
+class OneAxisConvolutionConfig(ConvolutionConfig):
+    """Leaves a convolution over sequences of any number and length to ExecuTorch.
+
+    XNNPACK's convolutions have two axes: its pass gives such an input one more, and its serializer then refuses an
+    input that varies along several, when it is too late to take the node back.
+    """
+
+    def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
+        """Whether XNNPACK takes the node."""
+        shapes = [node.meta["val"].shape, cast(torch.fx.Node, node.args[0]).meta["val"].shape]
+        several = any(len(shape) == 3 and sum(not isinstance(size, int) for size in shape) > 1 for shape in shapes)
+        return not several and super().check_constraints(node, ep)
+
+
+_OWN_CONFIGS = {GeluConfig: ExactGeluConfig, ConvolutionConfig: OneAxisConvolutionConfig}
 
 
 class Partitioner(XnnpackPartitioner):
@@ -124,7 +142,7 @@ def lower_programs(
 
     partitioner: says which parts XNNPACK gets.
     """
-    configs = [ExactGeluConfig if config is GeluConfig else config for config in ALL_PARTITIONER_CONFIGS]
+    configs = [_OWN_CONFIGS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
     programs = {name: replace_missing_kernels(program) for name, program in programs.items()}
     for program in programs.values():
         multiply_by_computed_weights(program)
