@@ -273,18 +273,19 @@ def _without_moves() -> Iterator[None]:
 
     A tracer's stand-ins for parameters can't be swapped for others, which `Module.to` does (Switch Transformers).
     """
-    original: Any = torch.nn.Module.to
+    library: Any = torch.nn.Module
+    original = library.to
 
     def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         there = all(item.dtype == (dtype or item.dtype) for item in module.parameters() if item.is_floating_point())
         return module if there and device is None else original(module, *args, **kwargs)
 
-    torch.nn.Module.to = to
+    library.to = to
     try:
         yield
     finally:
-        torch.nn.Module.to = original
+        library.to = original
 
 
 def _shapes(
