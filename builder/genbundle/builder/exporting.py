@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,9 @@ from transformers.exporters.utils import decompose_prefill_decode, prepare_for_e
 
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.noise import quiet
+from genbundle.builder.passes.complex_axes import add_axes_to_parts
+from genbundle.builder.passes.computed_numbers import compute_numbers
+from genbundle.builder.passes.small_addends import keep_small_addends
 from genbundle.builder.symbolic import open_numbers, open_sizes
 from genbundle.bundles import UnsupportedModelError
 
@@ -69,6 +72,8 @@ def prepare_inputs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[s
 class _ProgramExporter(DynamoExporter):
     """Upstream's exporter, with a look at the program before anything is made of it."""
 
+    passes: ClassVar[tuple[Callable[[Any], bool], ...]] = ()
+
     def __init__(self, axes: Axes, longest: int | None, least: int):
         super().__init__()
         self._axes, self._longest, self._least = axes, longest, least
@@ -78,11 +83,15 @@ class _ProgramExporter(DynamoExporter):
         program, metadata = super().export_program(model, sample_inputs, config=config)
         _expect_free(program, self._axes, self._longest)
         _expect_open(program, self._axes, self._longest, self._least)
+        for modify in self.passes:
+            modify(program)
         return program, metadata
 
 
 class _GraphExporter(OnnxExporter, _ProgramExporter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The same for ONNX, whose exporter converts what the one before it gives."""
+
+    passes = (compute_numbers, add_axes_to_parts, keep_small_addends)
 
 
 def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:

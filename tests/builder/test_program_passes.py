@@ -1,0 +1,49 @@
+"""Passes on a traced program, each on what torch's ONNX exporter would fail at without it, run by ONNX Runtime."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from genbundle.builder.exporting import to_onnx
+
+
+class Cutoff(torch.nn.Module):
+    """The logits above a quantile of a normal distribution."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        cutoff = torch.distributions.normal.Normal(0, 1).icdf(torch.tensor(0.95))
+        return {"y": torch.relu(x - cutoff)}
+
+
+class Rotary(torch.nn.Module):
+    """Pairs of numbers turned by angles, as complex numbers."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        turns = torch.polar(torch.ones(3, 2), torch.arange(6.0).reshape(3, 2))[None].unsqueeze(2)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return {"y": torch.view_as_real(pairs * turns).flatten(-2)}
+
+
+class Norm(torch.nn.Module):
+    """A norm whose epsilon is as small as Helium's."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-8)}
+
+
+@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm()])
+def test_the_program_computes_what_the_module_does(module, tmp_path):
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    x[0, 1] = 0  # a padding token's embedding
+    model = to_onnx(module.eval(), {"x": x}, {"x": {0: "batch"}}, None, None)
+    ir.save(model, tmp_path / "model.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, module(x)["y"].numpy(), atol=1e-5)
