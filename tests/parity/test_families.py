@@ -50,6 +50,7 @@ CASES = [
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     ("Blip2ForConditionalGeneration", "torch"),
+    ("Kosmos2ForConditionalGeneration", "cpu"),  # a projector with attention of the decoder's config
     ("Florence2ForConditionalGeneration", "torch"),
     # Cross-attention to a picture beside the tokens' own.
     ("IdeficsForVisionText2Text", "torch"),

@@ -92,8 +92,11 @@ def group_query_attention(cache: Callable[[], DynamicCache]) -> Callable:
         sliding_window: int | None = None,  # in the mask
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        index: Any = getattr(module, "layer_idx", None)
+        if index is None:  # no decoder layer, though of the same config: a projector with attention (Kosmos-2)
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         refuse_unknown(module, kwargs)
-        layer: Any = cache().layers[int(module.layer_idx)]  # pyright: ignore[reportArgumentType]
+        layer: Any = cache().layers[int(index)]
         batch, heads, length, width = query.shape
         key_heads, past = key.shape[1], layer.keys.shape[2]
         total = torch.scalar_tensor(0, dtype=torch.int32) + (past + length)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.fx.node import map_arg
 
 _WITHOUT_ONNX = (torch.ops.aten.erfinv.default,)  # Gemma 3n's cutoff of a normal distribution
 
@@ -40,5 +41,5 @@ def _value(program: Any, node: torch.fx.Node) -> torch.Tensor | None:
     if any(value is None for value in known.values()):
         return None
     target: Any = node.target
-    arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: known[item])
+    arguments = map_arg((node.args, node.kwargs), lambda item: known[item])
     return target(*arguments[0], **arguments[1])  # pyright: ignore
