@@ -3,7 +3,7 @@
     python -m tests.zoo.coverage --backends cpu torch xnnpack [--classes NAMES...] [--report docs/coverage.md]
 
 Each class and backend runs in a child of its own, with limits on time and memory. Results are appended as JSON lines,
-so a run that was cut off goes on where it stopped.
+so a run that was cut off goes on where it stopped. docs/coverage.jsonl, which the report sorts, belongs to the project.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from genbundle.bundles.errors import EngineError, VerificationError
 from genbundle.runtime import load_bundle
 from tests.zoo import children, coverage_report, shrink
 
-RESULTS = Path("build/coverage.jsonl")
+RESULTS = Path("docs/coverage.jsonl")
 _LEAST_LENGTH = 64  # tokens that a bundle holds
 
 
@@ -119,7 +119,9 @@ def main() -> None:
     if not options.report_only:
         _run_all(options)
     if options.report:
-        options.report.write_text(coverage_report.table(coverage_report.read(options.results), len(shrink.CLASSES)))
+        results = coverage_report.read(options.results)
+        options.results.write_text("".join(json.dumps(each) + "\n" for each in results))
+        options.report.write_text(coverage_report.table(results, len(shrink.CLASSES)))
 
 
 def _run_all(options: argparse.Namespace) -> None:

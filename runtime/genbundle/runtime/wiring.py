@@ -161,11 +161,11 @@ class Wiring:
             accepted = ", ".join([*TEXT_INPUTS, *self.user_inputs])
             raise InputError(f"this bundle takes no input {sorted(unknown)[0]!r}; it takes {accepted}")
         length = token_ids(inputs).shape[1]
-        routes = [
-            route
-            for route in self.manifest.flow.prompt
-            if given.issuperset(route.needs) and all(self._entries[name].least <= length for name in route.programs)
-        ]
+        fitting = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
+        least = [max(self._entries[name].least for name in route.programs) for route in fitting]
+        routes = [route for route, fewest in zip(fitting, least, strict=True) if fewest <= length]
+        if fitting and not routes:
+            raise InputError(f"the prompt has {length} tokens, this bundle takes such prompts of {min(least)} and more")
         if not routes:
             needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
             raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")

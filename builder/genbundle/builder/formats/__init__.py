@@ -58,8 +58,9 @@ def lower_each(
                 try:
                     lowered = lower(component)
                 except HoldsFrom as error:
-                    # Shorter prompts can only go without it.
-                    if not component.optional or component.alternative is not None:
+                    # Shorter prompts can only go without it; but for one of one token, which no picture fits in.
+                    spare = component.optional and component.alternative is None
+                    if error.least > 2 and not spare:
                         raise
                     component = replace(component, least=error.least)
                     lowered = lower(component)
