@@ -11,6 +11,7 @@ from genbundle.builder.exporting import HoldsFrom, first_line
 from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
+_LEAST_WITH_MEDIA = 4  # tokens of a prompt: a placeholder, what stands around it, and a word
 Progress = Callable[[str], None]
 Lowered = TypeVar("Lowered")
 
@@ -58,9 +59,9 @@ def lower_each(
                 try:
                     lowered = lower(component)
                 except HoldsFrom as error:
-                    # Shorter prompts can only go without it; but for one of one token, which no picture fits in.
+                    # Shorter prompts can only go without it, but for those that hold no picture and no sound.
                     spare = component.optional and component.alternative is None
-                    if error.least > 2 and not spare:
+                    if error.least > _LEAST_WITH_MEDIA and not spare:
                         raise
                     component = replace(component, least=error.least)
                     lowered = lower(component)
