@@ -1,7 +1,7 @@
 """Cutting into a model's forward: one module's forward replaced for a while, or its output taken."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -9,17 +9,22 @@ from torch.utils import _pytree as pytree
 
 
 @contextmanager
-def forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` called with another forward inside the block, on this instance alone."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside the block, `owner`, an object, a class or a module, has another value under `name`."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
+        if own:
+            setattr(owner, name, before)
         else:
-            module.forward = before
+            delattr(owner, name)
+
+
+def forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """`module` called with another forward inside the block, on this instance alone."""
+    return attribute(module, "forward", forward)
 
 
 def output_inside(module: torch.nn.Module, run: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from genbundle.builder.attention import make_cache
 from genbundle.builder.components import Component, name_axes, runs, same_tensors
-from genbundle.builder.cut import forward_of
+from genbundle.builder.cut import attribute, forward_of
 from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.layers import GROWING, Layer, describe_layers, kept, open_layer
 from genbundle.builder.plan import Call, Capture, Inputs, Phase, constant_arguments
@@ -75,18 +75,13 @@ class PreparedEncoder(torch.nn.Module):
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Encoder`, from the user's inputs."""
         given: dict[str, Any] = {}
-        library: Any = GenerationMixin
         generate: Any = self.model.generate
-        original = library.generate
 
         def record(_: Any, **kwargs: Any) -> None:
             given.update(kwargs)
 
-        library.generate = record
-        try:
+        with attribute(GenerationMixin, "generate", record):
             generate(**inputs)
-        finally:
-            library.generate = original
         return _fields(self._encoder[0](**{name: given[name] for name in self.taken}, **self.constants))
 
 
@@ -107,13 +102,12 @@ class CrossDecoder(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model's own forward with the encoder's output and the caches given."""
-        fields = {key: inputs.pop(key) for key in list(inputs) if key.startswith("encoder_")}
+        encoder_outputs = _encoder_outputs(self.output_type, inputs)
         like = inputs["decoder_input_ids"].to(torch.get_default_dtype())
         own = [self._open("past", index, layer, inputs, like) for index, layer in enumerate(self.layers)]
         cross = [self._open("cross", index, layer, inputs, like) for index, layer in enumerate(self.cross)]
         cache = EncoderDecoderCache(make_cache(own), make_cache(cross))
         cache.is_updated = {index: not self.begins for index in range(len(cross))}
-        encoder_outputs = self.output_type(**{key.removeprefix("encoder_"): value for key, value in fields.items()})
         logits = self.model(
             **inputs, **self.constants, encoder_outputs=encoder_outputs, past_key_values=cache, use_cache=True
         ).logits
@@ -144,9 +138,8 @@ class WholeDecoder(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last position's logits, and the tokens that they follow."""
-        fields = {key: inputs.pop(key) for key in list(inputs) if key.startswith("encoder_")}
+        encoder_outputs = _encoder_outputs(self.output_type, inputs)
         ids = torch.cat([inputs.pop("past_ids"), inputs.pop("decoder_input_ids")], 1)
-        encoder_outputs = self.output_type(**{key.removeprefix("encoder_"): value for key, value in fields.items()})
         outputs = self.model(
             decoder_input_ids=ids, **inputs, **self.constants, encoder_outputs=encoder_outputs, use_cache=False
         )
@@ -224,6 +217,12 @@ def _needs(encoder: Component, call: Call) -> tuple[str, ...]:
     """The user's inputs beside text that the prompt's programs take."""
     needs = {source.name for source in (*encoder.sources.values(), *call.sources.values()) if source.kind == "user"}
     return tuple(sorted(filter(None, needs - set(TEXT_INPUTS))))
+
+
+def _encoder_outputs(output_type: type, inputs: dict[str, torch.Tensor]) -> Any:
+    """The encoder's output object of the fields among a program's inputs, which are taken out of them."""
+    fields = [key for key in inputs if key.startswith("encoder_")]
+    return output_type(**{key.removeprefix("encoder_"): inputs.pop(key) for key in fields})
 
 
 def _fields(output: Any) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_prefill_decode, prepare_for_export
 
+from genbundle.builder.cut import attribute
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.complex_axes import add_axes_to_parts
@@ -282,19 +283,15 @@ def _without_moves() -> Iterator[None]:
 
     A tracer's stand-ins for parameters can't be swapped for others, which `Module.to` does (Switch Transformers).
     """
-    library: Any = torch.nn.Module
-    original = library.to
+    original: Any = torch.nn.Module.to
 
     def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         there = all(item.dtype == (dtype or item.dtype) for item in module.parameters() if item.is_floating_point())
         return module if there and device is None else original(module, *args, **kwargs)
 
-    library.to = to
-    try:
+    with attribute(torch.nn.Module, "to", to):
         yield
-    finally:
-        library.to = original
 
 
 def _shapes(

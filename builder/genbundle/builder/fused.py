@@ -5,7 +5,7 @@ the user's tensors to logits and the present. Steps go through the same `decode`
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, name_axes
+from genbundle.builder.cut import attribute
 from genbundle.builder.decoder import Decoder
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.image_text import image_text_components, placeholder_token
@@ -73,22 +74,9 @@ def _media() -> Iterator[list[torch.Tensor]]:
     replaced = ((torch.Tensor, "masked_scatter", record), (torch.Tensor, "split", joined), (torch, "split", joined))
     with ExitStack() as stack:
         for owner, name, replacement in replaced:
-            stack.enter_context(_attribute(owner, name, replacement(getattr(owner, name))))
+            stack.enter_context(attribute(owner, name, replacement(getattr(owner, name))))
         stack.enter_context(_RuntimeSizes())
         yield scattered
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def _is_list(value: torch.Tensor) -> bool:
@@ -120,14 +108,9 @@ class Fused(torch.nn.Module):
         return outputs
 
 
-@contextmanager
-def media_in_forward(model: PreTrainedModel) -> Iterator[None]:
+def media_in_forward(model: PreTrainedModel) -> AbstractContextManager[None]:
     """`model.generate` hands pictures to forward as they are inside the block, instead of encoding them before."""
-    model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
-    try:
-        yield
-    finally:
-        del model.__dict__["_supports_mm_encoder_outputs"]
+    return attribute(model, "_supports_mm_encoder_outputs", lambda: False)
 
 
 def capture_whole(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture]:

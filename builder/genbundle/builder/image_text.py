@@ -93,8 +93,8 @@ def image_text_components(
     picture = Route(programs=(encoder.name, "merge", prompt.name), needs=tuple(sorted(filter(None, needs))))
     routes = [picture]
     if prompt.alternative is not None:
-        by_token = (encoder.name, "merge", prompt.alternative.name)
-        routes.append(replace(picture, programs=by_token, one_by_one=True))
+        programs = (encoder.name, "merge", prompt.alternative.name)
+        routes.append(replace(picture, programs=programs, one_by_one=True))
     if text_alone:
         routes.append(Route(programs=("decode",), one_by_one=not plan.continues))
     flow = Flow(prompt=tuple(routes), step=("decode",), continues=plan.continues, capacity=capacity)

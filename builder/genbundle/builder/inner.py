@@ -1,12 +1,13 @@
 """Models whose generate calls another model's inside: what stands before that call is traced with the prompt."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
 
+from genbundle.builder.cut import attribute
 from genbundle.builder.decoder import Decoder
 from genbundle.builder.exporting import MODEL_ERRORS, decompose, first_line, quiet
 from genbundle.builder.plan import Call, Capture, Inputs, capture, constant_arguments
@@ -16,14 +17,9 @@ from genbundle.bundles.manifest import Source
 _STATE = ("past_key_values", "use_cache", "return_dict", "input_ids")
 
 
-@contextmanager
-def generate_of(model: PreTrainedModel, generate: Callable[..., Any]) -> Iterator[None]:
+def generate_of(model: PreTrainedModel, generate: Callable[..., Any]) -> AbstractContextManager[None]:
     """`model` with another `generate` inside the block, on this instance alone."""
-    model.__dict__["generate"] = generate
-    try:
-        yield
-    finally:
-        del model.__dict__["generate"]
+    return attribute(model, "generate", generate)
 
 
 def capture_calls(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture]:

@@ -1,7 +1,7 @@
 """What a model's layers carry from call to call, and cache layers that begin with given tensors of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from genbundle.builder.attention import FusedLayer, PastLayer
+from genbundle.builder.cut import attribute
 from genbundle.bundles import UnsupportedModelError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -117,15 +118,10 @@ def whole_windows() -> Iterator[None]:
 
     What is cut off depends on the length, in branches that no program could follow.
     """
-    own: Any = DynamicSlidingWindowLayer
-    before = {name: getattr(own, name) for name in ("update", "get_mask_sizes", "get_seq_length")}
-    try:
-        for name in before:
-            setattr(own, name, getattr(DynamicLayer, name))
+    with ExitStack() as stack:
+        for name in ("update", "get_mask_sizes", "get_seq_length"):
+            stack.enter_context(attribute(DynamicSlidingWindowLayer, name, getattr(DynamicLayer, name)))
         yield
-    finally:
-        for name, function in before.items():
-            setattr(own, name, function)
 
 
 class LinearState(LinearAttentionLayer):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from genbundle.builder.cut import attribute
 from genbundle.builder.exporting import quiet
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.layers import whole_windows
@@ -81,11 +82,8 @@ def _recorded(model: Any) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]
         calls.append((input_ids.clone(), copy.deepcopy(kwargs)))
         return own(input_ids, *args, **kwargs)
 
-    model.prepare_inputs_for_generation = record  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with attribute(model, "prepare_inputs_for_generation", record):
         yield calls
-    finally:
-        del model.__dict__["prepare_inputs_for_generation"]
 
 
 def cut(samples: Sequence[Inputs]) -> list[Inputs]:
