@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from genbundle.bundles import InputError
+from genbundle.runtime.wiring import Wiring
 from tests.zoo import shrink
 
 # Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders;
@@ -78,6 +80,18 @@ def test_prompts_of_one_chunk_go_another_way_than_longer_ones(loaded):
             expected = model.generate(ids, max_new_tokens=6, do_sample=False).numpy()
         found = bundle.generate(input_ids=ids.numpy(), max_new_tokens=6, do_sample=False).sequences
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_prompt_with_a_picture_that_is_too_short_isnt_taken_for_text(loaded):
+    name = "LlavaNextForConditionalGeneration"
+    model, bundle = shrink.make(name), loaded(name, "torch")
+    manifest = bundle.bundle.manifest
+    assert any(not route.needs for route in manifest.flow.prompt)
+    programs = tuple(replace(each, least=500 if each.name == "prompt" else 1) for each in manifest.programs)
+    wiring = Wiring(replace(manifest, programs=programs), bundle.wiring.backend)
+    arrays = {key: value.numpy() for key, value in shrink.variants(name, model)["check"][0].items()}
+    with pytest.raises(InputError, match="this bundle takes such prompts of 500 and more"):
+        wiring.prompt(arrays)
 
 
 def test_an_encoder_decoder_goes_on_from_given_tokens(loaded):

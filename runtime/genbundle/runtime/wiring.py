@@ -65,9 +65,7 @@ class Wiring:
         inputs that no route takes, of another shape than the programs', or whose placeholders don't match.
         """
         route = self._route(inputs)
-        if route.one_by_one and len(route.programs) > 1:
-            return self._begin(inputs, route)
-        if route.one_by_one:
+        if route.one_by_one and len(route.programs) == 1:
             ids = inputs["input_ids"]
             first = {name: inputs[name][:, :1] for name in ("input_ids", "attention_mask")}
             logits, sequences = self._begin(first, route)
@@ -99,7 +97,7 @@ class Wiring:
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
         with self._one_at_a_time:
             self._running = sequences
-            return call.run(route.programs, by_token=route.one_by_one), sequences
+            return call.run(route.programs, by_token=route.one_by_one and len(route.programs) > 1), sequences
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
@@ -160,16 +158,11 @@ class Wiring:
         if unknown:
             accepted = ", ".join([*TEXT_INPUTS, *self.user_inputs])
             raise InputError(f"this bundle takes no input {sorted(unknown)[0]!r}; it takes {accepted}")
-        length = token_ids(inputs).shape[1]
-        fitting = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
-        least = [max(self._entries[name].least for name in route.programs) for route in fitting]
-        routes = [route for route, fewest in zip(fitting, least, strict=True) if fewest <= length]
-        if fitting and not routes:
-            raise InputError(f"the prompt has {length} tokens, this bundle takes such prompts of {min(least)} and more")
+        routes = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
         if not routes:
             needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
             raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")
-        best = max(routes, key=lambda route: len(route.needs))
+        best = self._long_enough(routes, token_ids(inputs).shape[1])
         # Pictures without what belongs to them would be ignored without a word by a route for text alone.
         needed = {name for route in self.manifest.flow.prompt for name in route.needs}
         left = sorted((given & needed) - self._read_by(best))
@@ -177,6 +170,20 @@ class Wiring:
             other = next(route for route in self.manifest.flow.prompt if left[0] in route.needs)
             missing = sorted(set(other.needs) - given)
             raise InputError(f"the input {left[0]!r} needs {', '.join(missing)} beside it, which was not given")
+        return best
+
+    def _long_enough(self, routes: list[Route], length: int) -> Route:
+        """Of the routes that need most, the first whose programs take so few tokens."""
+        most = max(len(route.needs) for route in routes)
+        least = [
+            (max(self._entries[name].least for name in route.programs), route)
+            for route in routes
+            if len(route.needs) == most
+        ]
+        best = next((route for fewest, route in least if fewest <= length), None)
+        if best is None:
+            fewest = min(fewest for fewest, _ in least)
+            raise InputError(f"the prompt has {length} tokens, this bundle takes such prompts of {fewest} and more")
         return best
 
     def _read_by(self, route: Route) -> set[str]:
