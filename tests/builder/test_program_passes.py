@@ -39,11 +39,31 @@ class Norm(torch.nn.Module):
         return {"y": x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-8)}
 
 
-@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm()])
+class Squeezed(torch.nn.Module):
+    """An axis of 3 squeezed, which stays."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": x.squeeze(1) * 2}
+
+
+class Unturned(torch.nn.Module):
+    """Keys whose turned part is empty."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept, turned = (x * 2).split([x.shape[-1], 0], -1)
+        return {"y": kept, "turned": turned.view(x.shape[0], 15, 0)}
+
+
+@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm(), Squeezed(), Unturned()])
 def test_the_program_computes_what_the_module_does(module, tmp_path):
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     x[0, 1] = 0  # a padding token's embedding
     model = to_onnx(module.eval(), {"x": x}, {"x": {0: "batch"}}, None, None)
     ir.save(model, tmp_path / "model.onnx")
-    (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
-    np.testing.assert_allclose(found, module(x)["y"].numpy(), atol=1e-5)
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    for result, wanted in zip(found, module(x).values(), strict=True):
+        np.testing.assert_allclose(result, wanted.numpy(), atol=1e-5)

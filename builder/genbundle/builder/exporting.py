@@ -24,6 +24,8 @@ from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.complex_axes import add_axes_to_parts
 from genbundle.builder.passes.computed_numbers import compute_numbers
+from genbundle.builder.passes.empty_views import make_empty_views
+from genbundle.builder.passes.idle_squeezes import remove_idle_squeezes
 from genbundle.builder.passes.small_addends import keep_small_addends
 from genbundle.builder.symbolic import open_numbers, open_sizes
 from genbundle.bundles import UnsupportedModelError
@@ -92,7 +94,7 @@ class _ProgramExporter(DynamoExporter):
 class _GraphExporter(OnnxExporter, _ProgramExporter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The same for ONNX, whose exporter converts what the one before it gives."""
 
-    passes = (compute_numbers, add_axes_to_parts, keep_small_addends)
+    passes = (compute_numbers, add_axes_to_parts, keep_small_addends, remove_idle_squeezes, make_empty_views)
 
 
 def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
