@@ -47,6 +47,7 @@ CASES = [
     ("Gemma4UnifiedForConditionalGeneration", "torch"),
     # Branches on what a mask holds that change nothing where it holds nothing; loops over the experts that were chosen.
     ("Ovis2ForConditionalGeneration", "torch"),
+    ("Lfm2VlForConditionalGeneration", "torch"),  # pictures as rows of patches, padded to one number
     ("DbrxForCausalLM", "torch"),
     ("Qwen3OmniMoeThinkerForConditionalGeneration", "torch"),  # positions as floats
     ("GlmAsrForConditionalGeneration", "torch"),

@@ -66,6 +66,22 @@ def test_a_picture_is_cut_to_its_own_size():
         pieces.call(described, recording([]), {**inputs, "sizes": np.array([[4, 9], [3, 6]])}, np.asarray)
 
 
+def test_padded_rows_are_dealt_out_by_height_and_width():
+    calls: list = []
+    options = {"pieces": "each", "sizes": "sizes", "mask": "mask"}
+    described = entry(patches=options, sizes={"pieces": "sizes"}, mask={"pieces": "mask"})
+    rows = np.arange(16.0).reshape(2, 4, 2)
+    inputs = {"patches": rows, "sizes": np.array([[2, 2], [1, 3]]), "mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    pieces.call(described, counting(calls), inputs, np.asarray)
+    assert [call["patches"].tolist() for call in calls] == [
+        rows[0].reshape(2, 2, 2).tolist(),
+        rows[1, :3].reshape(1, 3, 2).tolist(),
+    ]
+    for sizes in ([[2, 2], [1, 2]], [[2, 2], [0, 3]], [[2, 2], [2, 4]]):
+        with pytest.raises(InputError, match=r"patches, and mask counts 3 of 4 rows"):
+            pieces.call(described, recording([]), {**inputs, "sizes": np.array(sizes)}, np.asarray)
+
+
 def test_a_frame_has_the_shape_of_its_grid():
     calls: list = []
     described = entry(

@@ -20,6 +20,7 @@ from genbundle.builder.cut import output_inside, output_tensors
 from genbundle.builder.feeds import ModuleCall
 from genbundle.builder.plan import Capture
 from genbundle.builder.towers import chain_component, watch_modules
+from genbundle.builder.unpadded import unpadded_component
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 
@@ -121,7 +122,10 @@ def encoder_component(
     given = [_encoder_inputs(getter, capture) for capture in captures]
     steering = [key for key, value in given[0].items() if not value.is_floating_point() or value.dim() > 4]
     if steering:
-        return chain_component(model, modality, partial(_run, getter), given, wanted)
+        try:
+            return chain_component(model, modality, partial(_run, getter), given, wanted)
+        except UnsupportedModelError as error:
+            return unpadded_component(model, modality, FeatureGetter(model, getter, features), given, wanted, error)
     calls = watch_modules(lambda: _run(getter, given[0]))
     module = _getter_module(model, getter, features, calls, wanted[0]).eval()
     with torch.no_grad():

@@ -190,6 +190,8 @@ def in_pieces(component: Component) -> Component:
 
     Upstream traces packed attention for frames of one size only: frames of several sizes would get wrong features.
     """
+    if any("pieces" in source.options for source in component.sources.values()):
+        return component  # divided already
     if OFFSETS not in component.sample:
         return _picture_by_picture(replace(component, guides={}))
     divided = _divided(component)

@@ -373,7 +373,8 @@ def _check_program(program: Program, states: set[str], path: str) -> None:
         if item.source.kind == "constant" and item.source.value is None:
             raise BundleError(f"Missing field `value` - at `{path}.inputs[{index}].source`")
         names = {other.name for other in program.inputs}
-        for option, others in (("pieces", {"each", "offsets", "sizes", "grid"}), ("sizes", set()), ("grid", set())):
+        kinds = {"each", "offsets", "sizes", "grid", "mask"}
+        for option, others in (("pieces", kinds), ("sizes", set()), ("grid", set()), ("mask", set())):
             by = item.source.options.get(option)
             if by is not None and by not in names | others:
                 raise BundleError(

@@ -2,10 +2,11 @@
 
 The option `pieces` of an input's source says how that input is divided: "each" takes one row per call, the name of an
 offsets input the rows between two of its numbers. A picture may go in at its own size: with `sizes`, the name of an
-input of heights and widths, the rest is padding and cut off; with `grid`, the name of an input of patch grids, a
+input of heights and widths, the rest is padding and cut off; with `mask` too, the name of the padding's mask, a picture
+is rows of patches and goes in as `[height, width, ...]`; with `grid`, the name of an input of patch grids, a
 frame's rows become `[height, width, merge * merge, ...]` in blocks of `merge` x `merge`. The inputs marked "offsets",
-"sizes" and "grid" themselves go into no call. The option `equals` marks an input that goes into no call either: its
-numbers must all be that one. So does `unread`, whose numbers may be any.
+"sizes", "mask" and "grid" themselves go into no call. The option `equals` marks an input that goes into no call either:
+its numbers must all be that one. So does `unread`, whose numbers may be any.
 """
 
 import itertools
@@ -25,7 +26,7 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     return tuple(
         item.name
         for item in entry.inputs
-        if item.source.options.get("pieces") not in ("offsets", "sizes", "grid")
+        if item.source.options.get("pieces") not in ("offsets", "sizes", "mask", "grid")
         and not item.source.options.keys() & {"equals", "unread"}
     )
 
@@ -35,6 +36,8 @@ def whole_shape(item: Input) -> tuple[int | str, ...]:
     options = item.source.options
     if "grid" in options:
         return ("patches", *item.shape[3:])
+    if "mask" in options:
+        return ("pictures", "rows", *item.shape[2:])
     return ("pictures", *item.shape[1:]) if options.get("pieces") == "each" else item.shape
 
 
@@ -79,6 +82,8 @@ def _parts(
 
 def _shaped(part: Tensor, index: int, options: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Tensor:
     """The `index`-th picture or frame at its own size, where the options say how that is known."""
+    if "mask" in options:
+        return _unpadded(part[0], index, options, inputs)
     if "sizes" in options:
         height, width = (int(size) for size in inputs[options["sizes"]][index])
         if not (0 < height <= part.shape[-2] and 0 < width <= part.shape[-1]):
@@ -91,3 +96,14 @@ def _shaped(part: Tensor, index: int, options: Mapping[str, Any], inputs: Mappin
         height, width = np.repeat(grid[:, 1:], grid[:, 0], axis=0)[index] // merge
         return part.reshape(int(height), int(width), merge * merge, *part.shape[1:])
     return part
+
+
+def _unpadded(rows: Tensor, index: int, options: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The `index`-th picture's patches by height and width, without the padding behind them."""
+    (height, width), mask = (int(size) for size in inputs[options["sizes"]][index]), inputs[options["mask"]][index]
+    if height < 1 or width < 1 or (mask.astype(bool) != (np.arange(len(rows)) < height * width)).any():
+        raise InputError(
+            f"{options['sizes']}: {height} x {width} patches, and {options['mask']} counts {int(mask.sum())} "
+            f"of {len(rows)} rows"
+        )
+    return np.ascontiguousarray(rows[: height * width].reshape(height, width, *rows.shape[1:]))
