@@ -75,7 +75,8 @@ def test_prompts_of_one_chunk_go_another_way_than_longer_ones(loaded):
     model, bundle = shrink.make("Mamba2ForCausalLM"), loaded("Mamba2ForCausalLM", "torch")
     prompt = next(program for program in bundle.bundle.manifest.programs if program.name == "prompt")
     assert prompt.least == model.config.chunk_size + 1
-    for length in (prompt.least - 1, prompt.least, 3 * prompt.least):
+    assert [route.programs for route in bundle.bundle.manifest.flow.prompt][:2] == [("prompt",), ("short_prompt",)]
+    for length in (1, prompt.least - 1, prompt.least, 3 * prompt.least):
         ids = torch.arange(10, 10 + length)[None]
         with torch.no_grad():
             expected = model.generate(ids, max_new_tokens=6, do_sample=False).numpy()

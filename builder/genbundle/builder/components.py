@@ -19,10 +19,9 @@ class Component:
     states: output name -> the state entry that it replaces. fusions: whether the engine's attention operators may stand
     in, which only look back. optional: whether the flow does without it where it can't be exported. obstacle: why it is
     known beforehand that an optional one can't. longest: the most tokens it is called for; None for any number. least:
-    the fewest. guides:
-    inputs in the manifest that steer the runtime's calls and aren't the program's. placeholder_id: the token that
-    stands in a prompt for each of the features among the outputs. alternative:
-    what to export instead where this can't be.
+    the fewest. guides: inputs in the manifest that steer the runtime's calls and aren't the program's. placeholder_id:
+    the token that stands in a prompt for each of the features among the outputs. alternative: what to export instead
+    where this can't be.
     """
 
     name: str
@@ -90,6 +89,19 @@ def needed_inputs(
             if same_tensors(found, expected):
                 kept = without
     return kept
+
+
+def of_length(
+    sample: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], length: int
+) -> dict[str, torch.Tensor]:
+    """A prompt program's sample with as many tokens as asked for, those it has over and over."""
+    found = {}
+    for name, tensor in sample.items():
+        for axis, symbol in axes.get(name, {}).items():
+            if symbol == "sequence":
+                tensor = tensor.index_select(axis, torch.arange(length) % tensor.shape[axis])
+        found[name] = tensor
+    return found
 
 
 def runs(component: Component) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, same_tensors
+from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, of_length, same_tensors
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
 from genbundle.builder.plan import Capture, Plan, constant_arguments
-from genbundle.builder.programs import by_token, can_fuse_prompt, of_length, step_component, with_present
+from genbundle.builder.programs import by_token, can_fuse_prompt, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS

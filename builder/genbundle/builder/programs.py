@@ -1,7 +1,7 @@
 """The programs of a text decoder, and what every decoder program has: sample, past, present."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,8 @@ from genbundle.bundles.manifest import Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
 BATCH, NEW, PAST, _PROMPT = 2, 3, 5, 9
+PROMPTS = ("prompt", "short_prompt")
+"""The programs that take a whole prompt, the second one those that are too short for the first."""
 _LONG_PROMPTS = (293, 127, 61, 31)  # primes, which no chunk divides
 
 
@@ -42,7 +44,7 @@ def text_components(
         )
     decode = step_component(model, plan, captures, fuse=fuse)
     # Token by token is right for any prompt, and slow: for those that the prompt's program can't take.
-    routes = (Route(programs=("prompt",)), Route(programs=("decode",), one_by_one=True))
+    routes = (*(Route(programs=(name,)) for name in PROMPTS), Route(programs=("decode",), one_by_one=True))
     flow = Flow(prompt=routes, step=("decode",), continues=plan.continues, capacity=capacity)
     return [_prompt_component(model, plan, captures, fuse=fuse, capacity=capacity), decode], flow
 
@@ -176,19 +178,6 @@ def with_past(component: Component, layers: Sequence[Layer], size: int = PAST) -
             axes[past] = _state_axes(shape, "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
     return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")
-
-
-def of_length(
-    sample: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], length: int
-) -> dict[str, torch.Tensor]:
-    """A prompt program's sample with as many tokens as asked for, those it has over and over."""
-    found = {}
-    for name, tensor in sample.items():
-        for axis, symbol in axes.get(name, {}).items():
-            if symbol == "sequence":
-                tensor = tensor.index_select(axis, torch.arange(length) % tensor.shape[axis])
-        found[name] = tensor
-    return found
 
 
 def by_token(prompt: Component, module: torch.nn.Module, layers: Sequence[Layer]) -> Component | None:

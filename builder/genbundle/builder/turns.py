@@ -20,7 +20,7 @@ from genbundle.builder.layers import whole_windows
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.objects import Path, leaves, with_leaves
 from genbundle.builder.plan import Inputs
-from genbundle.builder.programs import BATCH, NEW, PAST
+from genbundle.builder.programs import BATCH, NEW, PAST, PROMPTS
 from genbundle.builder.samples import generates_from_text_alone
 from genbundle.builder.watching import Held, Run, cut, explain, observe, spared, template, without_cache
 from genbundle.bundles import UnsupportedModelError
@@ -200,7 +200,7 @@ def _carrying(begin: Turn, step: Turn, padded: bool) -> tuple[list[Component], F
     prompt = replace(_component(begin, new=_PROMPT, past=0), name="prompt", optional=True, obstacle=obstacle)
     components = [prompt, _component(begin, new=1, past=0)]
     routes = (
-        Route(programs=("prompt",), padded=padded),
+        *(Route(programs=(name,), padded=padded) for name in PROMPTS),
         Route(programs=("begin",), one_by_one=True, padded=padded),
     )
     return [*components, _component(step, new=1, past=PAST)], Flow(prompt=routes, step=("decode",))

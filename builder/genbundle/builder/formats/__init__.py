@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from genbundle.builder.branches import taken_branches
-from genbundle.builder.components import Component, dtype_of, shape_of
+from genbundle.builder.components import Component, dtype_of, of_length, shape_of
 from genbundle.builder.exporting import HoldsFrom, first_line
 from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
+_SHORT = 7  # tokens of the sample of a program for short prompts: no multiple of anything
 _LEAST_WITH_MEDIA = 4  # tokens of a prompt: a placeholder, what stands around it, and a word
 Progress = Callable[[str], None]
 Lowered = TypeVar("Lowered")
@@ -76,6 +77,15 @@ def lower_each(
             notes.append(f"done without a program of its own: {error}")
         else:
             yield component, lowered
+            if component.optional and component.least > 2 and component.alternative is None:
+                yield from lower_each([_shorter(component)], lower, progress, notes)
+
+
+def _shorter(component: Component) -> Component:
+    """The same for prompts of fewer tokens than its least, which go another way through the model's code."""
+    most = component.least - 1
+    sample = of_length(component.sample, component.axes, min(_SHORT, most))
+    return replace(component, name=f"short_{component.name}", sample=sample, least=1, longest=most)
 
 
 def describe_inputs(

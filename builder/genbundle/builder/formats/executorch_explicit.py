@@ -101,9 +101,11 @@ def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, i
 
 
 def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
+    longest = component.longest or capacity
+    most = {**most, "sequence": min(longest, most.get("sequence", longest))}
     with torch.no_grad():
         exported = to_exported_program(
-            component.module, component.sample, component.axes, capacity, most, component.least
+            component.module, component.sample, component.axes, longest, most, component.least
         )
     give_equal_ranks(exported.graph)
     return exported
