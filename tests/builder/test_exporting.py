@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from genbundle.builder.exporting import HoldsFrom, to_exported_program
+from genbundle.builder.exporting import to_exported_program
+from genbundle.builder.guards import HoldsFrom
 from genbundle.bundles import UnsupportedModelError
 
 AXES = {"input_ids": {0: "batch", 1: "sequence"}}
@@ -77,3 +78,49 @@ def test_a_condition_on_two_lengths_together_is_seen():
     with pytest.raises(UnsupportedModelError, match=r"takes another way unless|is at most"):
         to_exported_program(Capped(), sample, axes, 512)
     assert to_exported_program(Capped(), sample, axes, 64) is not None  # never so long
+
+
+class Multiples(torch.nn.Module):
+    """Takes another way for whole chunks; `harmless` is the same on both."""
+
+    config = None
+
+    def __init__(self, harmless: bool):
+        super().__init__()
+        self.harmless = harmless
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        total = input_ids.sum(1)
+        if input_ids.shape[1] % 64 == 0:
+            return {"total": total * 1 if self.harmless else -total}
+        return {"total": total}
+
+
+@pytest.mark.parametrize("longest", [None, 512])
+def test_lengths_in_between_are_run_where_a_condition_fails(longest):
+    sample = {"input_ids": torch.ones(2, 293)}
+    assert to_exported_program(Multiples(harmless=True), sample, AXES, longest) is not None
+    with pytest.raises(UnsupportedModelError, match="takes another way unless"):
+        to_exported_program(Multiples(harmless=False), sample, AXES, longest)
+
+
+class Product(torch.nn.Module):
+    """Takes another way from a number of tokens on, in all sequences together."""
+
+    config = None
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        total = input_ids.sum(1)
+        return {"total": total if input_ids.shape[0] * input_ids.shape[1] < self.most else -total}
+
+
+def test_a_condition_on_batch_and_length_together_is_seen():
+    with pytest.raises(UnsupportedModelError, match="takes another way unless"):
+        to_exported_program(Product(9000), SAMPLE, AXES, None)
+    with pytest.raises(HoldsFrom) as error:
+        to_exported_program(Product(20), {"input_ids": torch.ones(2, 31)}, AXES, 512)
+    assert error.value.least == 20  # of a single sequence

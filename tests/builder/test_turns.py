@@ -52,9 +52,16 @@ def test_a_loop_over_the_length_is_seen():
         def forward(self, x):
             return {"y": x.cumsum(1)}
 
+    class Chunks(torch.nn.Module):
+        """Does something more for several chunks of 256, once."""
+
+        def forward(self, x):
+            return {"y": x.sum(1) if x.shape[1] <= 256 else x.sum(1) + 1}
+
     def sample(length):
         return {"x": torch.rand(2, length)}
 
+    assert loop_over_length(Chunks(), sample) is None
     assert "loops over the prompt's length" in (loop_over_length(Scan(), sample) or "")
     assert loop_over_length(Sum(), sample) is None
 
@@ -80,7 +87,7 @@ def test_any_object_is_carried():
     assert {name for name, source in step.sources.items() if source.kind == "state"} == {
         "past_cache_layers_0_keys", "past_cache_layers_0_values", "past_cache_linear_cache_1"}  # fmt: skip
     assert step.axes["past_cache_layers_0_keys"] == {0: "batch", 2: "past"}
-    assert components[0].obstacle is not None and flow.prompt[1].one_by_one and not flow.prompt[1].padded
+    assert components[0].obstacle is not None and flow.prompt[-1].one_by_one and not flow.prompt[-1].padded
 
 
 def test_sounds_go_in_with_the_prompt_and_windows_stay_whole():

@@ -5,9 +5,7 @@ could break is behind these few functions.
 """
 
 import copy
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +19,7 @@ from transformers.exporters.utils import decompose_prefill_decode, prepare_for_e
 
 from genbundle.builder.cut import attribute
 from genbundle.builder.generation_config import greedy_config
+from genbundle.builder.guards import Axes, HoldsFrom, expect_free, expect_open
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.complex_axes import add_axes_to_parts
 from genbundle.builder.passes.computed_numbers import compute_numbers
@@ -34,14 +33,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 FREE_AXES = frozenset({"batch", "sequence", "past"})
-_UNBOUNDED = 2**31
-_LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
-_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_LONGEST = 4096  # of the prompts whose lengths are tried one by one
-_TRIED = ((2, 2, 3), (3, 65, 64), (5, 700, 515), (4, 3, 2050))  # batch, new, past
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model's own code raises where it can't take its inputs."""
-Axes = Mapping[str, Mapping[int, str]]  # input name -> axis -> its symbolic name
 
 
 def decompose(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,8 +77,8 @@ class _ProgramExporter(DynamoExporter):
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
-        _expect_free(program, self._axes, self._longest)
-        _expect_open(program, self._axes, self._longest, self._least)
+        expect_free(program, self._axes, self._longest)
+        expect_open(program, model, dict(sample_inputs), self._axes, self._longest, self._least)
         for modify in self.passes:
             modify(program)
         return program, metadata
@@ -95,82 +88,6 @@ class _GraphExporter(OnnxExporter, _ProgramExporter):  # pyright: ignore[reportI
     """The same for ONNX, whose exporter converts what the one before it gives."""
 
     passes = (compute_numbers, add_axes_to_parts, keep_small_addends, remove_idle_squeezes, make_empty_views)
-
-
-def _expect_free(program: Any, axes: Axes, longest: int | None) -> None:
-    """UnsupportedModelError where the model's code fixed an axis that has to vary, or one of tokens below `longest`."""
-    inputs = {node.target: node for node in program.graph.nodes if node.op == "placeholder"}
-    for name, named in axes.items():
-        node = inputs.get(name)
-        if node is None or not node.users:
-            continue
-        for axis, symbol in named.items():
-            size = node.meta["val"].shape[axis]
-            if not isinstance(size, int) and (number := size.node.maybe_as_int()) is not None:
-                size = number  # what a guard fixed during the trace is still a symbol's value
-            if isinstance(size, int):
-                raise UnsupportedModelError(
-                    f"axis {axis} ({symbol}) of its input {name!r} is fixed at {size} by the model's code"
-                )
-            known = program.range_constraints.get(size.node.expr)
-            if known is None or known.upper >= _UNBOUNDED or symbol.partition("_")[0] not in _LENGTHS:
-                continue
-            if longest is None or known.upper < longest:
-                raise UnsupportedModelError(
-                    f"axis {axis} ({symbol}) of its input {name!r} is at most {known.upper} by the model's code, and "
-                    f"the bundle is for {'any length' if longest is None else f'up to {longest} tokens'}: "
-                    "give a smaller max_length"
-                )
-
-
-class HoldsFrom(UnsupportedModelError):
-    """A program for prompts of `least` tokens and more; shorter ones take another way through the model's code."""
-
-    def __init__(self, least: int, guard: str):
-        super().__init__(f"the model's code takes another way for prompts of fewer than {least} tokens: {guard}")
-        self.least = least
-
-
-def _expect_open(program: Any, axes: Axes, longest: int | None, least: int) -> None:
-    """UnsupportedModelError for a condition on lengths that held in the trace and doesn't hold for others.
-
-    The tracer keeps conditions that involve several sizes beside the program, for a check before each call that no
-    engine makes. Those on other sizes than lengths are left to the replay. HoldsFrom where the condition holds for
-    all prompts of a length and more, unless that is `least`, the fewest tokens that the program will be called for.
-    """
-    shapes = {
-        node.target: node.meta["val"].shape
-        for node in program.graph.nodes
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-    }
-    symbols = {symbol for item in axes.values() for symbol in item.values()}
-    for guard in getattr(program, "_guards_code", None) or ():
-        places = {(name, int(axis)) for name, axis in _SIZE.findall(guard)}
-        if any(name not in shapes for name, _ in places):
-            continue
-        named = {(name, axis): axes.get(name, {}).get(axis, shapes[name][axis]) for name, axis in places}
-
-        def holds(batch: int, new: int, past: int, guard: str = guard, named: dict = named) -> bool | None:
-            """None where the condition is on something else, or where nothing is so long."""
-            sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
-            known = {place: symbol if isinstance(symbol, int) else sizes.get(symbol) for place, symbol in named.items()}
-            if None in known.values() or (longest is not None and past + new > longest):
-                return None
-            code = _SIZE.sub(lambda match: str(known[match[1], int(match[2])]), guard)
-            try:
-                return eval(code, {"math": math, "torch": torch, "__builtins__": {"max": max, "min": min}})
-            except Exception:  # a condition on something else than sizes
-                return None
-
-        if "past" not in symbols and "sequence" in symbols:  # a prompt's program: every length in turn
-            bad = [new for new in range(1, _LONGEST) if holds(2, new, 0) is False or holds(3, new, 0) is False]
-            if bad and bad[-1] < _LONGEST // 2 and (longest is None or bad[-1] < longest):
-                if bad[-1] >= least:
-                    raise HoldsFrom(bad[-1] + 1, guard)
-                continue
-        for batch, new, past in _TRIED:
-            if holds(batch, new if "sequence" in symbols else 1, past) is False:
-                raise UnsupportedModelError(f"the model's code takes another way unless {guard}")
 
 
 def to_exported_program(

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SHORT, _LONG = 9, 300  # longer than the chunks that scans work through
+from genbundle.builder.exporting import MODEL_ERRORS
+
+# A scan through chunks may take another branch for one of them than for several, which adds operations once; a loop
+# goes on adding. The second pair is for models that take no longer prompts.
+_LENGTHS = ((300, 600), (9, 300))
 
 
 class _Operations(TorchDispatchMode):
@@ -27,11 +31,15 @@ def loop_over_length(module: torch.nn.Module, sample: Callable[[int], dict[str, 
     A tracer would unroll the loop of the prompt that it is shown, at length and for that length alone. Code whose
     operations differ for prompts of one length too (by the experts they choose) is left to the tracer.
     """
-    try:
-        short, long, other = (_operations(module, sample(length)) for length in (_SHORT, _LONG, _LONG))
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a prompt longer than the model takes
+    for shorter, longer in _LENGTHS:
+        try:
+            short, long, other = (_operations(module, sample(length)) for length in (shorter, longer, longer))
+        except MODEL_ERRORS:  # a prompt longer than the model takes
+            continue
+        if long == other > short:
+            return f"its code loops over the prompt's length ({long} operations, {short})"
         return None
-    return f"its code loops over the prompt's length ({long} operations, {short})" if long == other > short else None
+    return None
 
 
 def _operations(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:

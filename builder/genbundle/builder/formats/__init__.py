@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from genbundle.builder.branches import taken_branches
 from genbundle.builder.components import Component, dtype_of, of_length, shape_of
-from genbundle.builder.exporting import HoldsFrom, first_line
+from genbundle.builder.exporting import first_line
+from genbundle.builder.guards import HoldsFrom
 from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
