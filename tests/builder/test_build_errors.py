@@ -30,6 +30,19 @@ class Mystery(hf.LlamaForCausalLM):
         return output
 
 
+class Turncoat(hf.LlamaForCausalLM):
+    """Goes over to another way for good at its first short prompt, as BigBird's sparse attention does."""
+
+    way = "sparse"
+
+    def forward(self, input_ids=None, **kwargs):
+        if not torch.compiler.is_compiling() and input_ids.shape[1] == 3:
+            self.way = "full"
+        output = super().forward(input_ids, **kwargs)
+        output.logits = -output.logits if self.way == "full" else output.logits
+        return output
+
+
 def tiny_llama(cls=hf.LlamaForCausalLM):
     config = models.make("llama").config
     return cls(config).eval()
@@ -170,3 +183,11 @@ def test_a_target_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="can't be written to"):
         build_bundle(tiny_llama(), output=tmp_path / "file" / "b", progress=False)
+
+
+def test_a_model_that_changes_itself_is_refused_and_given_back_as_it_was(tmp_path):
+    model = tiny_llama(Turncoat)
+    model.way = "sparse"
+    with pytest.raises(UnsupportedModelError, match="the model's code changes its 'way' for good"):
+        build_bundle(model, backend="torch", output=tmp_path / "b", progress=False)
+    assert model.way == "sparse" and list(tmp_path.iterdir()) == []

@@ -15,6 +15,9 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _TYPES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2, "mamba_d_head": 16, "mamba_n_heads": 8},
+    # Both go over to it for good at their first short input.
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {"encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 8},
     "blt_global_transformer": {"hidden_size": 128, "intermediate_size": 96},
     "cohere_compass_text": {

@@ -18,7 +18,7 @@ from genbundle.builder.formats import Exported
 from genbundle.builder.image_text import feature_token
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.limits import Limits, limits_of
-from genbundle.builder.loading import Loaded, borrowed, load
+from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, settings_of
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
@@ -86,12 +86,14 @@ def build_bundle(
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
         with _writing(target), new_bundle(target, overwrite=overwrite) as writer:
             with borrowed(loaded.model) as eager:
+                before = settings_of(eager)
                 limits = limits_of(eager, backend, max_length)
                 samples = make_samples(eager, given or from_processor(eager, loaded.processor), limits)
                 export = partial(_export, loaded, samples, settings, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out if settings.verify else {}
                 cases = [record(eager, name, inputs) for name, inputs in held_out.items() if taken_by(manifest, inputs)]
+                expect_unchanged(eager, before)
                 if settings.verify and backend in OTHERWISE and not manifest.state:
                     announce("verify")
                     try:

@@ -83,6 +83,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         for name, item in module._buffers.items()
         if item is not None
     ]
+    settings = settings_of(model)
     try:
         model.eval().requires_grad_(False)
         if any(item.is_floating_point() and item.dtype != torch.float32 for item in model.parameters()):
@@ -98,6 +99,36 @@ def borrowed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             owner[name] = None if item is None else item.to(device, dtype)
         for module, mode in modes.items():
             module.training = mode
+        for module, (parts, values) in settings.items():
+            module._modules.update(parts)
+            vars(module).update(values)
+
+
+Settings = dict[torch.nn.Module, tuple[dict[str, torch.nn.Module | None], dict[str, Any]]]
+
+
+def settings_of(model: PreTrainedModel) -> Settings:
+    """What modules are made of and set to: their parts, and their attributes that are words or switches."""
+    return {
+        module: (
+            dict(module._modules),
+            {name: value for name, value in vars(module).items() if isinstance(value, str | bool)},
+        )
+        for module in model.modules()
+    }
+
+
+def expect_unchanged(model: PreTrainedModel, before: Settings) -> None:
+    """UnsupportedModelError for a model that its own code has changed for good: what it gives next depends on that."""
+    names = {module: name for name, module in model.named_modules()}
+    for module, (parts, values) in before.items():
+        changed = [name for name, part in parts.items() if module._modules.get(name) is not part]
+        changed += [name for name, value in values.items() if name != "training" and vars(module).get(name) != value]
+        if changed:
+            raise UnsupportedModelError(
+                f"{names.get(module) or type(model).__name__}: the model's code changes its {changed[-1]!r} for good "
+                "while it generates, by its inputs: set it beforehand if its config can"
+            )
 
 
 def _from_pretrained(source: str) -> PreTrainedModel:
