@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from genbundle.builder.exporting import decompose
+from genbundle.builder.exporting import MODEL_ERRORS, decompose
 from genbundle.builder.layers import Layer, describe_layers
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
@@ -216,6 +216,7 @@ def _explain_mask(captures: list[Capture], phase: Phase, name: str) -> None:
 def _explain_positions(model: PreTrainedModel, captures: list[Capture]) -> Source:
     """The first rule that gives every captured prompt's position ids, and whose continuation gives the steps'."""
     name = type(model).__name__
+    clips = []
     for rule, options in _position_candidates(model, captures[0]):
         # Some models count from 1 or 2; the first prompt says where, the others must agree.
         start = _position_start(rule, options, captures[0])
@@ -223,8 +224,42 @@ def _explain_positions(model: PreTrainedModel, captures: list[Capture]) -> Sourc
             continue
         options = {**options, "start": start} if start else options
         if all(_positions_match(rule, options, item) for item in captures):
-            return Source(kind="position", rule=rule, options=options)
+            if rule != "mrope_clips":
+                return Source(kind="position", rule=rule, options=options)
+            clips.append(options)
+    if len(clips) > 1:
+        clips = [options for options in clips if _as_made_up(model, options)]
+        if len(clips) != 1:
+            raise UnsupportedModelError(
+                f"{name}: several rules give the position_ids of these clips: give a clip of several frames, some "
+                "seconds apart"
+            )
+    if clips:
+        return Source(kind="position", rule="mrope_clips", options=clips[0])
     raise UnsupportedModelError(f"{name}: the decoder's position_ids follow none of the rules {sorted(POSITION_RULES)}")
+
+
+def _as_made_up(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
+    """Whether `mrope_clips` gives the model's own positions for a made-up clip of frames some time apart, which
+    are together or each by itself, as the model takes them."""
+    owner: Any = next(module for module in model.modules() if hasattr(module, "get_rope_index"))
+    merge, agrees = options["spatial_merge_size"], []
+    for clip in ([2] * 18, [*[2] * 6, 0, *[2] * 6, 0, *[2] * 6]):
+        kinds = torch.tensor([[0, 0, *clip, 0]])
+        inputs = {
+            "input_ids": torch.ones_like(kinds),
+            "attention_mask": torch.ones_like(kinds),
+            "mm_token_type_ids": kinds,
+            "video_grid_thw": torch.tensor([[3, 2 * merge, 3 * merge]]),
+            "second_per_grid_ts": torch.tensor([1.5]),
+        }
+        try:
+            own, _ = owner.get_rope_index(**inputs)
+        except (*MODEL_ERRORS, StopIteration):
+            continue
+        found = _rule_positions("mrope_clips", options, Capture(inputs=inputs, prompt={}, step={}))
+        agrees.append(found is not None and torch.equal(found[-3:], own))
+    return bool(agrees) and all(agrees)
 
 
 def _rule_positions(rule: str, options: Mapping[str, Any], item: Capture) -> torch.Tensor | None:
@@ -232,7 +267,7 @@ def _rule_positions(rule: str, options: Mapping[str, Any], item: Capture) -> tor
     inputs.setdefault("attention_mask", inputs["input_ids"] * 0 + 1)
     try:
         return torch.from_numpy(np.ascontiguousarray(position_ids(rule, inputs, dict(options))))
-    except (KeyError, ValueError, StopIteration, RuntimeError):
+    except (*MODEL_ERRORS, StopIteration):
         return None
 
 
@@ -300,7 +335,7 @@ def _needed(model: PreTrainedModel, argument: str, captures: list[Capture], phas
             with torch.no_grad():
                 full = model(**_fresh(given)).logits
                 without = model(**_fresh(kwargs)).logits
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        except MODEL_ERRORS:
             return True
         if not torch.equal(full, without):
             return True
