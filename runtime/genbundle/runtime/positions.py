@@ -55,6 +55,8 @@ def mrope_clips(inputs: Inputs, options: dict[str, Any]) -> np.ndarray:
         return mrope(inputs, options)
     seconds = inputs.get("second_per_grid_ts", np.ones(len(clips))).astype(np.float32)
     paces = np.float32(options["tokens_per_second"]) * seconds if "tokens_per_second" in options else seconds * 0 + 1
+    if not np.isfinite(paces).all():
+        raise ValueError(f"second_per_grid_ts: expected numbers, got {seconds.tolist()}")
     times = np.maximum(clips[:, 0], 0)
     if options.get("apart"):
         paces, clips = np.repeat(paces, times), np.repeat(clips, times, axis=0)
@@ -84,12 +86,14 @@ def _mrope(
                 time, height, width = (int(size) for size in grid)
                 height, width = height // merge, width // merge
                 start += time * height * width
+                if start > end:
+                    raise ValueError(f"a grid of {time} x {height} x {width} tokens, {start - end} too many")
                 places = np.indices((time, height, width)).reshape(3, -1)
                 if pace != 1:
                     places[0] = (places[0].astype(np.float32) * np.float32(pace)).astype(np.int64)
                 pieces.append(places + position)
                 position += max(height, width)
-        axes[:, row, mask[row]] = np.concatenate(pieces, 1)[:, : mask[row].sum()]
+        axes[:, row, mask[row]] = np.concatenate(pieces, 1)
     return axes if options.get("axes") == 3 else np.concatenate([counted[None], axes])
 
 

@@ -213,7 +213,8 @@ def _check_grids(inputs: Mapping[str, np.ndarray], names: Iterable[str]) -> None
         grids = inputs.get(name)
         if grids is None or grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
             continue
-        patches = sum(abs(math.prod(grid)) for grid in grids.tolist())
+        # A side of none has patches along none, but the others still say how large the tables get.
+        patches = sum(math.prod(max(1, abs(side)) for side in grid) for grid in grids.tolist())
         largest = max(array.size for array in inputs.values())
         if patches > largest:
             raise InputError(f"{name}: grids of {patches} patches, and the largest input has {largest} numbers")
