@@ -39,6 +39,17 @@ class Norm(torch.nn.Module):
         return {"y": x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-8)}
 
 
+class Mean(torch.nn.Module):
+    """A mean over places that are counted as integers, of which there may be none; other multiples of small numbers."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        count = (x != 0).sum(-1)
+        sums = torch.add(x.sum(-1), 1e-8, alpha=2e8)
+        return {"y": x.sum(-1) / (count + 1e-8), "sums": sums, "less": torch.add(count, 1e-8, alpha=0.5).rsqrt()}
+
+
 class Squeezed(torch.nn.Module):
     """An axis of 3 squeezed, which stays."""
 
@@ -58,7 +69,7 @@ class Unturned(torch.nn.Module):
         return {"y": kept, "turned": turned.view(x.shape[0], 15, 0)}
 
 
-@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm(), Squeezed(), Unturned()])
+@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm(), Mean(), Squeezed(), Unturned()])
 def test_the_program_computes_what_the_module_does(module, tmp_path):
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     x[0, 1] = 0  # a padding token's embedding

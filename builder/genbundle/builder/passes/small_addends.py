@@ -19,14 +19,17 @@ def keep_small_addends(program: Any) -> bool:
     for node in list(program.graph.nodes):
         if node.target not in _ADDITIONS or not isinstance(node.args[1], float):
             continue
-        values, number = node.args[:2]
+        values, number = node.args[0], node.args[1] * node.kwargs.get("alpha", 1)
         if not 0 < abs(number) <= _TAKEN_FOR_ZERO:
             continue
+        val = node.meta["val"]
         with program.graph.inserting_before(node):
-            spread = program.graph.call_function(torch.ops.aten.full_like.default, (values, number))
-            spread.meta["val"] = values.meta["val"]
+            # Of the sum's type: the other operand may be integers.
+            spread = program.graph.call_function(
+                torch.ops.aten.full_like.default, (values, number), {"dtype": val.dtype}
+            )
             result = program.graph.call_function(torch.ops.aten.add.Tensor, (values, spread))
-            result.meta["val"] = node.meta["val"]
+        spread.meta["val"] = result.meta["val"] = val
         node.replace_all_uses_with(result)
         program.graph.erase_node(node)
         modified = True
