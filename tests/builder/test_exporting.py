@@ -124,3 +124,22 @@ def test_a_condition_on_batch_and_length_together_is_seen():
     with pytest.raises(HoldsFrom) as error:
         to_exported_program(Product(20), {"input_ids": torch.ones(2, 31)}, AXES, 512)
     assert error.value.least == 20  # of a single sequence
+
+
+class Reordered(torch.nn.Module):
+    """Patches, four in each block, with the blocks in another order."""
+
+    config = None
+
+    def forward(self, patches: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"patches": patches.reshape(patches.shape[0] // 4, -1, 3)[order].reshape(-1, 3)}
+
+
+def test_patches_are_so_many_times_the_blocks_where_memory_is_planned():
+    """The size of what is computed from both has a bound, which ExecuTorch replaces by the sample's size otherwise."""
+    sample = {"patches": torch.randn(32, 3), "order": torch.arange(8).flip(0)}
+    axes = {"patches": {0: "blocks_times4"}, "order": {0: "blocks"}}
+    program = to_exported_program(Reordered(), sample, axes, 64, {"blocks_times4": 78, "blocks": 78})
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    rows = output.args[0][0].meta["val"].shape[0].node
+    assert rows.shape_env.bound_sympy(rows.expr).upper == 80

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genbundle.builder.packed import Packed, segment_attention
-from genbundle.builder.towers import chain_component
+from genbundle.builder.towers import _patch_axes, chain_component
 from genbundle.bundles import UnsupportedModelError
 
 
@@ -78,3 +78,16 @@ def test_attention_stays_within_segments():
     ]
     torch.testing.assert_close(found, torch.cat(parts, 2).transpose(1, 2))
     assert not list(Packed(torch.nn.Identity())._towers)
+
+
+def test_blocks_of_patches_are_told_from_numbers_that_users_give():
+    def sample(patches: int, pictures: int) -> dict[str, torch.Tensor]:
+        sizes = {"pixels": patches, "sizes": pictures, "order": patches // 4, "cu_seqlens": pictures + 1}
+        tensors = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
+        tensors["cu_seqlens"][-1] = patches
+        return tensors
+
+    samples = [sample(64, 4), sample(32, 2)]  # pictures of one size
+    assert _patch_axes(samples, {"order"}) == {(64, 32): "blocks_times4", (16, 8): "blocks"}
+    assert _patch_axes(samples, ()) == {(64, 32): "patches"}
+    assert _patch_axes([{"pixels": torch.zeros(3)}], ()) == {}

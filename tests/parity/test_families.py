@@ -24,6 +24,7 @@ CASES = [
     # State in and out of a .pte: a fixed size, and an encoder's.
     ("MambaForCausalLM", "xnnpack"),
     ("MarianMTModel", "xnnpack"),
+    ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

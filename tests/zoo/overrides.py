@@ -244,7 +244,7 @@ def tiny_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:
     for number, name in enumerate(("image_token_id", "image_token_index", "audio_token_id", "video_token_index")):
         if getattr(config, name, 0) is None:
             setattr(config, name, 250 + number)
-    if cls.__name__ == "VideoLlavaForConditionalGeneration":
+    if cls.__name__ in ("InstructBlipVideoForConditionalGeneration", "VideoLlavaForConditionalGeneration"):
         config.text_config.max_position_embeddings = 1024  # a clip takes 136 places
     if cls.__name__ == "DbrxForCausalLM":
         config.attn_config.clip_qkv = 8.0

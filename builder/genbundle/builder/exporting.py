@@ -6,7 +6,8 @@ could break is behind these few functions.
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 FREE_AXES = frozenset({"batch", "sequence", "past"})
+_BLOCKS = re.compile(r"blocks_times(\d+)")
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model's own code raises where it can't take its inputs."""
 
@@ -222,7 +224,20 @@ def _shapes(
     auto = torch.export.Dim.AUTO
     symbols: dict[str, Any] = {name: auto(max=most[name]) if name in most else auto for name in names - free}
     symbols |= {name: torch.export.Dim(name, max=most.get(name)) for name in names & free}
+    if free:
+        symbols |= _blocks(names, most)
     return {name: {axis: symbols[symbol] for axis, symbol in axes.get(name, {}).items()} for name in sample}
+
+
+def _blocks(names: Collection[str], most: Mapping[str, int]) -> dict[str, Any]:
+    """The axes of blocks and of what they consist of, one from the other: else the tracer knows no bound of a size that
+    it computes from both, and an engine that plans its memory by bounds would take the sample's."""
+    found = next((match for name in names if (match := _BLOCKS.fullmatch(name))), None)
+    if found is None or "blocks" not in names or not most:
+        return {}
+    each = int(found[1])
+    blocks = torch.export.Dim("blocks", max=-(-most[found[0]] // each))
+    return {"blocks": blocks, found[0]: each * blocks}
 
 
 def first_line(error: BaseException) -> str:

@@ -32,6 +32,8 @@ from genbundle.builder.preparing import explain_prepared
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Input, Source
 
+_OFFSETS = "cu_seqlens"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -193,10 +195,32 @@ def _chain(
         modality=modality,
         module=module,
         sample=samples[0],
-        axes={**name_axes(samples), **name_axes(wanted)},
+        axes={**name_axes(samples, _patch_axes(samples, extra[0].keys())), **name_axes(wanted)},
         sources=sources,
         guides={key: _fixed(key, numbers) for key in samples[0] if (numbers := _same_number(key, given)) is not None},
     )
+
+
+def _patch_axes(samples: list[Tensors], prepared: Collection[str]) -> dict[tuple[int, ...], str]:
+    """The names of axes with a row for each patch, or for each block of so many, by their sizes over the samples.
+
+    Of towers that are told where frames end. Blocks show in what is prepared: what users give may be alike by chance.
+    """
+    if any(_OFFSETS not in sample for sample in samples):
+        return {}
+    totals = [int(sample[_OFFSETS][-1]) for sample in samples]
+    found = {tuple(sample[name].shape[0] for sample in samples) for name in samples[0] if name in prepared}
+    blocks = {sizes: share for sizes in found if (share := _share(totals, sizes)) > 1}
+    if len(blocks) != 1:
+        return {tuple(totals): "patches"}
+    ((sizes, share),) = blocks.items()
+    return {tuple(totals): f"blocks_times{share}", sizes: "blocks"}
+
+
+def _share(totals: Sequence[int], sizes: Sequence[int]) -> int:
+    """How many times the sizes the totals are; 0 where it isn't the same everywhere."""
+    shares = {total // size if size and total % size == 0 else 0 for total, size in zip(totals, sizes, strict=True)}
+    return shares.pop() if len(shares) == 1 else 0
 
 
 def _same_number(key: str, given: list[Tensors]) -> int | None:
