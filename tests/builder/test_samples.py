@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from genbundle.builder.samples import SampleMaker, left_padded, per_token
+from genbundle.builder.samples import SampleMaker, left_padded, padded_single, per_token
 
 
 def sample(length: int) -> dict[str, torch.Tensor]:
@@ -37,3 +37,27 @@ def test_boxes_grow_with_the_tokens_and_places_stay():
     batch = left_padded([longer, given[1]], pad=0)
     assert batch["boxes"].shape == (2, 9, 4)
     assert (batch["boxes"][1, 0] == 0).all()
+
+
+class Generating:
+    """Takes whatever it is given."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def generate(self, **_: object) -> None:
+        pass
+
+
+def test_one_sequence_to_trace_from_has_rows_for_its_padding_and_contents_that_differ():
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=32)
+    given = [sample(6), sample(8)]
+    found = padded_single(Generating(LlamaForCausalLM(config)), given)
+    assert found["boxes"].shape == (1, 18, 4) and found["input_ids"].shape == (1, 18)
+    assert (found["boxes"][0, :2] == 0).all()
+    first, second = found["patches"]
+    assert torch.equal(first, given[1]["patches"][0]) and torch.equal(first[:, 0], second[:, 0])
+    assert not torch.equal(first[:, 1:], second[:, 1:])

@@ -25,6 +25,7 @@ CASES = [
     ("MambaForCausalLM", "xnnpack"),
     ("MarianMTModel", "xnnpack"),
     ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
+    ("Dots3NoteForConditionalGeneration", "xnnpack"),  # experts in its tower
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

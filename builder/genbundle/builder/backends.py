@@ -123,7 +123,7 @@ def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Captur
     content = [name for name in sample if name not in TEXT_INPUTS]
     if model.config.is_encoder_decoder or not content or len(sample["input_ids"]) != 1:
         return captures
-    return [*capture_calls(model, [padded_single(model, sample)]), *captures]
+    return [*capture_calls(model, [padded_single(model, [item.inputs for item in captures])]), *captures]
 
 
 def _stateful(

@@ -115,11 +115,15 @@ def encoder_component(
     )
     if getter is None:
         raise UnsupportedModelError(f"{type(model).__name__}: no get_{modality}_features to make the {name} of")
-    wanted = [
-        {item.name: item.read(capture.prompt["mm_encoder_outputs"][modality]) for item in features}
-        for capture in captures
-    ]
     given = [_encoder_inputs(getter, capture) for capture in captures]
+    wanted = []
+    for inputs, capture in zip(given, captures, strict=True):
+        # Modules are told by exactly what they give, and a capture may come from another way to compute experts.
+        with torch.no_grad():
+            output = _run(getter, inputs)
+        wanted.append({item.name: item.read(output) for item in features})
+        captured = capture.prompt["mm_encoder_outputs"][modality]
+        _expect_equal(name, wanted[-1], {item.name: item.read(captured) for item in features})
     steering = [key for key, value in given[0].items() if not value.is_floating_point() or value.dim() > 4]
     if steering:
         try:

@@ -1,7 +1,7 @@
 """Sample inputs: what the capture runs on, and the held-out inputs that the finished bundle is checked on."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,7 +238,7 @@ def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -
         held_out |= {name: inputs for name, inputs in shortest.items() if _generates(model, inputs)}
     if generates_from_text_alone(model) and len(first) > 2:
         held_out["text alone"] = maker.text(11)
-    both = _one_after_another(first, last)
+    both = _one_after_another(first, last, per_token([first, last]))
     if both is not None and _generates(model, both):
         held_out["two pictures"] = both
     if single:
@@ -264,12 +264,11 @@ def _encoder_samples(maker: SampleMaker, first: Inputs, last: Inputs) -> Samples
     return Samples(capture=[batch, last], held_out=held_out)
 
 
-def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
+def _one_after_another(first: Inputs, second: Inputs, rows: Collection[str]) -> Inputs | None:
     """Two samples' prompts as one prompt with the content of both; None where they have none or don't fit."""
     if len(first) < 3 or first["input_ids"].shape[0] != 1:
         return None
     joined: Inputs = {}
-    rows = per_token([first, second])
     for name, tensor in first.items():
         axis = 1 if name in rows else 0
         if tensor.shape[axis + 1 :] != second[name].shape[axis + 1 :]:
@@ -278,17 +277,22 @@ def _one_after_another(first: Inputs, second: Inputs) -> Inputs | None:
     return joined
 
 
-def padded_single(model: PreTrainedModel, single: Inputs) -> Inputs:
-    """One sequence as a sample to trace programs for one sequence from: padded, with its content twice if it may be.
+def padded_single(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
+    """The last of the samples, one sequence, to trace programs for one sequence from: padded, with other content beside
+    its own if it may be.
 
     What there is one of would be taken for a constant, and generate drops a mask of ones.
     """
-    twice = _one_after_another(single, single)
+    single, rows = samples[-1], per_token(samples)
+    # The same content twice wouldn't show which of the two something is made of.
+    twice = _one_after_another(single, SampleMaker(model, samples).other_content(single), rows)
     sample = single if twice is None or not _generates(model, twice) else twice
-    pad, ids = padding_token(model), sample["input_ids"]
+    pad = padding_token(model)
     return {
-        name: torch.nn.functional.pad(tensor, (2, 0), value=pad if name == "input_ids" else 0)
-        if tensor.shape == ids.shape
+        name: torch.nn.functional.pad(
+            tensor, (*(0, 0) * (tensor.dim() - 2), 2, 0), value=pad if name == "input_ids" else 0
+        )
+        if name in rows
         else tensor
         for name, tensor in sample.items()
     }
