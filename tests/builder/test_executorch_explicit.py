@@ -152,3 +152,24 @@ def test_sequences_of_any_number_and_length_are_convolved(tmp_path: Path) -> Non
 
     lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
     assert (tmp_path / "model.pte").stat().st_size
+
+
+class Picked(torch.nn.Module):
+    """The rows that a mask picks, doubled in place; and where they are."""
+
+    def forward(self, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        places = mask.nonzero()
+        return values.index_put((mask,), values[mask] * 2), places[:, 0] * 10 + places[:, 1]
+
+
+@pytest.mark.slow
+def test_places_that_a_mask_picks_lie_in_rows(tmp_path: Path) -> None:
+    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, Runtime, lower_programs
+
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    values = torch.arange(12.0).reshape(2, 3, 2)
+    program = torch.export.export(Picked(), (values, mask))
+    lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
+    found = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward").execute([values, mask])
+    for own, expected in zip(found, Picked()(values, mask), strict=True):
+        torch.testing.assert_close(own, expected)

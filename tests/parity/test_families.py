@@ -26,6 +26,7 @@ CASES = [
     ("MarianMTModel", "xnnpack"),
     ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
     ("Dots3NoteForConditionalGeneration", "xnnpack"),  # experts in its tower
+    ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

@@ -36,6 +36,7 @@ from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
 from executorch.runtime import Runtime
+from torch._subclasses.fake_impls import op_implementations_dict
 
 from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
@@ -147,7 +148,7 @@ def lower_programs(
     for program in programs.values():
         multiply_by_computed_weights(program)
     try:
-        with _uncopied(programs.values()):
+        with _uncopied(programs.values()), _places_in_rows():
             # `to_edge_transform_and_lower` would trace every program once or twice more, to ask what to keep whole.
             chosen = partitioner(configs)
             kept = [set(chosen.whole(program)) for program in programs.values()]
@@ -219,6 +220,27 @@ def _uncopied(programs: Iterable[torch.export.ExportedProgram]) -> Iterator[None
     finally:
         for weight in weights.values():
             del weight.__deepcopy__
+
+
+@contextmanager
+def _places_in_rows() -> Iterator[None]:
+    """While open, tracers take the places that `nonzero` finds to lie row by row, as ExecuTorch's kernel puts them.
+
+    PyTorch's own lie column by column, which would be planned for, and ExecuTorch's slices refuse what lies otherwise
+    than their outputs. Remove with https://github.com/pytorch/executorch/issues/11086.
+    """
+    operator = torch.ops.aten.nonzero.default
+    own = op_implementations_dict[operator]
+
+    def nonzero(*args: Any) -> Any:
+        found = own(*args)
+        return found.new_empty(found.shape)
+
+    op_implementations_dict[operator] = nonzero
+    try:
+        yield
+    finally:
+        op_implementations_dict[operator] = own
 
 
 def _release(edge: EdgeProgramManager) -> None:
