@@ -27,6 +27,7 @@ CASES = [
     ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
     ("Dots3NoteForConditionalGeneration", "xnnpack"),  # experts in its tower
     ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
+    ("Llama4ForCausalLM", "xnnpack"),  # complex numbers
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

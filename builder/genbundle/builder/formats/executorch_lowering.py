@@ -38,6 +38,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  regist
 from executorch.runtime import Runtime
 from torch._subclasses.fake_impls import op_implementations_dict
 
+from genbundle.builder.passes.complex_pairs import pair_complex_numbers
 from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
 from genbundle.builder.stateful import StatefulDecoder
@@ -144,6 +145,8 @@ def lower_programs(
     partitioner: says which parts XNNPACK gets.
     """
     configs = [_OWN_CONFIGS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
+    for program in programs.values():
+        pair_complex_numbers(program)
     programs = {name: replace_missing_kernels(program) for name, program in programs.items()}
     for program in programs.values():
         multiply_by_computed_weights(program)
