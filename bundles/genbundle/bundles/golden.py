@@ -21,7 +21,8 @@ class GoldenCase:
 
     inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
     `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of
-    every step and their tokens.
+    every step and their tokens. rest: float32 `[batch, new]`, what all other logits amount to, the logarithm of the sum
+    of their exponentials; None where there are no others.
     """
 
     name: str
@@ -29,16 +30,21 @@ class GoldenCase:
     sequences: np.ndarray
     top_ids: np.ndarray
     top_logits: np.ndarray
+    rest: np.ndarray | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def truncated(self, k: int) -> "GoldenCase":
-        """The case with only the `k` largest logits of every step."""
-        order = np.argsort(-self.top_logits, axis=-1, kind="stable")[..., :k]
-        return replace(
-            self,
-            top_ids=np.take_along_axis(self.top_ids, order, -1),
-            top_logits=np.take_along_axis(self.top_logits, order, -1),
-        )
+        """The case, which has every logit, with only the `k` largest of every step."""
+        order = np.argsort(-self.top_logits, axis=-1, kind="stable")
+        ids, logits = (np.take_along_axis(array, order, -1) for array in (self.top_ids, self.top_logits))
+        rest = log_sum_exp(logits[..., k:]).astype(np.float32) if k < logits.shape[-1] else None
+        return replace(self, top_ids=ids[..., :k], top_logits=logits[..., :k], rest=rest)
+
+
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """The logarithm of the sum of the exponentials along the last axis, in float64."""
+    largest = logits.max(axis=-1, keepdims=True).astype(np.float64)
+    return np.log(np.exp(logits - largest).sum(axis=-1)) + largest[..., 0]
 
 
 def write_golden(path: Path, cases: list[GoldenCase]) -> None:
@@ -52,6 +58,7 @@ def write_golden(path: Path, cases: list[GoldenCase]) -> None:
                 "sequences": _pack(case.sequences),
                 "top_ids": _pack(case.top_ids),
                 "top_logits": _pack(case.top_logits),
+                "rest": None if case.rest is None else _pack(case.rest),
                 "options": dict(sorted(case.options.items())),
             }
             for case in cases
@@ -74,6 +81,7 @@ def read_golden(path: Path) -> list[GoldenCase]:
                 sequences=_unpack(case["sequences"]),
                 top_ids=_unpack(case["top_ids"]),
                 top_logits=_unpack(case["top_logits"]),
+                rest=None if case["rest"] is None else _unpack(case["rest"]),
                 options=case["options"],
             )
             for case in content["cases"]
@@ -99,8 +107,11 @@ def _check(case: GoldenCase) -> None:
         raise ValueError(f"{case.name}: top_ids {ids.shape} and top_logits {logits.shape} don't fit")
     if sequences.ndim != 2 or len(ids) != len(sequences) or ids.shape[1] > sequences.shape[1]:
         raise ValueError(f"{case.name}: sequences {sequences.shape} and top_ids {ids.shape} don't fit")
-    if not np.isfinite(logits).all():
-        raise ValueError(f"{case.name}: top_logits that aren't numbers")
+    rest = case.rest
+    if rest is not None and (rest.dtype != np.float32 or rest.shape != ids.shape[:2]):
+        raise ValueError(f"{case.name}: rest {rest.dtype} {rest.shape} doesn't fit top_ids {ids.shape}")
+    if not np.isfinite(logits).all() or (rest is not None and not np.isfinite(rest).all()):
+        raise ValueError(f"{case.name}: top_logits or rest that aren't numbers")
     options = case.options if isinstance(case.options, dict) else {}
     new_tokens = options.get("max_new_tokens")
     # Fewer steps than that are recorded where every sequence ended before.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from genbundle.bundles.codec import decode, encode
 from genbundle.bundles.dtypes import DTYPE_NAMES
 from genbundle.bundles.errors import BundleError, BundleVersionError
+from genbundle.bundles.report import Verification
 
 FORMAT = "genbundle"
 _MOST_ELEMENTS = 2**31
@@ -199,27 +200,6 @@ class Images:
     per_prompt: int | None = None
     steps: tuple[dict[str, Any], ...] = ()
     reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One input that the finished bundle was replayed on, compared with eager."""
-
-    name: str
-    batch: int
-    prompt_length: int
-    new_tokens: int
-    tokens_equal: bool
-    max_logit_difference: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """The report of the build's replay; `provider` is where the programs ran, `pending` what could not be run there."""
-
-    provider: str
-    checks: tuple[Check, ...]
-    pending: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -231,7 +231,8 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
     """Prove BUNDLE on this machine: every file's sha256, then the recorded generations, token by token.
 
     The records hold what the original model gave in float32. Neither the model nor transformers is needed. Exit code 2
-    says that something differs; the message says what and where.
+    says that something differs; the message says what and where. A bundle of a lossy precision is run along the
+    recorded tokens, and has to come as near to the recorded logits as its build asked for.
 
     \b
     Examples:
@@ -241,6 +242,7 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
     from dataclasses import asdict
 
     from genbundle.runtime import load_bundle
+    from genbundle.runtime.quality import in_words, overall
     from genbundle.runtime.verify import verify_bundle
 
     model = load_bundle(bundle, device=device, threads=threads)
@@ -261,8 +263,11 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
     width = max(len(check.name) for check in checks)
     for check in checks:
         size = f"{check.batch} x {check.prompt_length} + {check.new_tokens} tokens"
-        click.echo(f"OK  {check.name:<{width}}  {size:<20}  largest logit difference {check.max_logit_difference:.1e}")
-    click.echo(f"{bundle}: same tokens as the original model in all {len(checks)} cases, on {model.backend.device}")
+        found = f"largest logit difference {check.max_logit_difference:.1e}"
+        click.echo(f"OK  {check.name:<{width}}  {size:<20}  {in_words(check.quality) if check.quality else found}")
+    qualities = [check.quality for check in checks if check.quality is not None]
+    result = f"{in_words(overall(qualities))}, compared with" if qualities else "same tokens as"
+    click.echo(f"{bundle}: {result} the original model in all {len(checks)} cases, on {model.backend.device}")
 
 
 @cli.command(short_help="Time a bundle: prompt, tokens per second, memory.")

@@ -95,11 +95,13 @@ def steps(
     stop: Stop | None = None,
     clock: Clock | None = None,
     first_row: int = 0,
+    forced: np.ndarray | None = None,
 ) -> Iterator[Step]:
     """Generate one token per sequence and step until every sequence ends.
 
     inputs: as `complete_inputs` returns them. first_row: the number of the first sequence in the caller's batch, which
-    seeds are counted from. The last step's reasons are all set.
+    seeds are counted from. forced: tokens `[batch, new]` to take instead of choosing any. The last step's reasons are
+    all set.
     """
     clock = clock or Clock()
     ids = token_ids(inputs)
@@ -134,7 +136,8 @@ def steps(
             scores = apply_rules(
                 logits[row], options, so_far, prompt_length=prompt_length, limit=asked, given=said, times=times
             )
-            token = tokens[row] = samplers[row](scores, so_far[paddings[row] :])
+            token = samplers[row](scores, so_far[paddings[row] :]) if forced is None else forced[row, len(taken)]
+            tokens[row] = token
             seen[row].append(token)
             if token in options.eos_token_ids:
                 reasons[row] = "eos"
@@ -217,14 +220,16 @@ def collect(
     clock: Clock,
     *,
     keep_logits: bool = False,
+    forced: np.ndarray | None = None,
 ) -> tuple[list[Step], np.ndarray]:
-    """Run `steps` to the end: the steps, and the new tokens `[batch, new]`.
+    """Run `steps` to the end: the steps, and the new tokens `[batch, new]`, those of `forced` if given.
 
     A batch that the programs don't take together runs row after row; its steps are put together afterwards. The steps'
     logits are dropped unless `keep_logits`: those of a long generation are gigabytes.
     """
     if wiring.together(inputs):
-        taken = [_kept(step, keep_logits) for step in steps(wiring, inputs, options, stop=stop, clock=clock)]
+        run = steps(wiring, inputs, options, stop=stop, clock=clock, forced=forced)
+        taken = [_kept(step, keep_logits) for step in run]
         return taken, np.stack([step.tokens for step in taken], axis=1)
     # The batch's own length counts, as in transformers: a row without its padding may be shorter.
     length = token_ids(inputs).shape[1]
@@ -234,7 +239,8 @@ def collect(
     for row, single in enumerate(single_rows(inputs, padded=wiring.takes_padding(inputs))):
         own = Clock()
         row_stop = None if stop is None else (lambda _, token, row=row: stop(row, token))
-        each = steps(wiring, single, options, stop=row_stop, clock=own, first_row=row)
+        own_tokens = None if forced is None else forced[row : row + 1]
+        each = steps(wiring, single, options, stop=row_stop, clock=own, first_row=row, forced=own_tokens)
         runs.append([_kept(step, keep_logits) for step in each])
         clock.prompt, clock.steps = clock.prompt + own.prompt, clock.steps + own.steps
         clock.programs += own.programs

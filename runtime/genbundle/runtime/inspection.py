@@ -8,6 +8,7 @@ from genbundle.bundles.codec import encode
 from genbundle.bundles.manifest import Input, Output, Program
 from genbundle.runtime.drawing import as_text as draw
 from genbundle.runtime.drawing import summary
+from genbundle.runtime.quality import in_words
 
 _WIDTH = 100
 
@@ -52,7 +53,8 @@ def _overview(bundle: Bundle) -> Iterable[tuple[str, str]]:
     if largest is not None:
         size += f", of it {largest} {megabytes(manifest.files[largest].size)}"
     yield "size", f"{size}; the model's weights, each once, are {megabytes(manifest.model.weight_bytes)}"
-    yield "precision", manifest.precision
+    others = {p.name: p.precision for p in manifest.programs if p.precision != manifest.precision}
+    yield "precision", ", ".join([manifest.precision, *(f"{name} {other}" for name, other in others.items())])
     held = "as many tokens as fit" if flow.capacity is None else f"up to {flow.capacity} tokens, prompt and generated"
     batch = {None: "any batch", 1: "one sequence at a time"}.get(flow.batch, f"batches up to {flow.batch}")
     yield "holds", f"{held}; {batch}"
@@ -105,10 +107,12 @@ def _verified(manifest: Manifest) -> Iterable[tuple[str, str]]:
     if report is None:
         yield "verified", "not at all: built with verify=False"
         return
-    yield "verified", f"on {report.provider} against the original model, tokens equal in {len(report.checks)} cases:"
+    result = "tokens equal in" if report.quality is None else f"{in_words(report.quality)}, along its tokens in"
+    yield "verified", f"on {report.provider} against the original model, {result} {len(report.checks)} cases:"
     for check in report.checks:
         size = f"{check.batch} x {check.prompt_length} + {check.new_tokens} tokens"
-        yield "", f"{check.name}: {size}, largest logit difference {check.max_logit_difference:.1e}"
+        found = f"largest logit difference {check.max_logit_difference:.1e}"
+        yield "", f"{check.name}: {size}, {found if check.quality is None else in_words(check.quality)}"
     if report.pending:
         yield "pending", report.pending
 

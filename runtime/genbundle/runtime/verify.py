@@ -1,14 +1,17 @@
 """Replay recorded generations on a loaded bundle and compare: the build's check, and a device's own proof."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from genbundle.bundles import InputError, VerificationError
-from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, read_golden
-from genbundle.bundles.manifest import Check
+from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, log_sum_exp, read_golden
+from genbundle.bundles.report import Check, QualityFloor
 from genbundle.runtime.generate import Clock, Step, collect
 from genbundle.runtime.inputs import token_ids
 from genbundle.runtime.model import Model
 from genbundle.runtime.prefix import generation_inputs, generation_options, split_options
+from genbundle.runtime.quality import expect_quality, quality_of
 
 # Of the largest logit's size. float32 programs of one model differ by rounding, far below it; a wrong mask or position
 # shows above it even where the same token wins.
@@ -17,12 +20,25 @@ LOGIT_TOLERANCE = 1e-3
 
 def verify_bundle(model: Model) -> tuple[Check, ...]:
     """Replay the bundle's own golden records; VerificationError names the input and step that differ."""
-    if GOLDEN_NAME not in model.bundle.manifest.files:
+    manifest = model.bundle.manifest
+    if GOLDEN_NAME not in manifest.files:
         raise InputError(f"{model.bundle.path} holds no {GOLDEN_NAME}: it was built with verify=False")
     cases = read_golden(model.bundle.file(GOLDEN_NAME))
     if not cases:
         raise VerificationError(f"{model.bundle.path}: its {GOLDEN_NAME} records no generation: it proves nothing")
-    return tuple(replay(model, case) for case in cases)
+    return check_cases(model, cases, manifest.verification.floor if manifest.verification is not None else None)
+
+
+def check_cases(model: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:
+    """Every case replayed: with equal tokens, or, where there is a `floor`, near enough to eager's.
+
+    Raises VerificationError, naming what differs and by how much.
+    """
+    if floor is None:
+        return tuple(replay(model, case) for case in cases)
+    checks = tuple(measure(model, case) for case in cases)
+    expect_quality(checks, floor)
+    return checks
 
 
 def replay(model: Model, case: GoldenCase) -> Check:
@@ -31,45 +47,96 @@ def replay(model: Model, case: GoldenCase) -> Check:
     Raises VerificationError, naming the case and the step, where a token differs, a logit isn't a number, or logits
     differ by more than rounding explains.
     """
-    prefix, given = split_options(model.bundle.manifest.generation, case.options)
-    options = generation_options(model.bundle.manifest.generation, given)
-    inputs = generation_inputs(case.inputs, prefix, options, model.wiring)
-    if token_ids(inputs).shape[0] != len(case.sequences):
-        raise VerificationError(
-            f"{case.name}: records {len(case.sequences)} sequences for inputs of {token_ids(inputs).shape[0]}"
-        )
-    taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True)
-    length = token_ids(inputs).shape[1]
-    expected = case.sequences[:, length:]
-    difference = _compare(case, taken, new, expected)
+    taken, new, expected = _run(model, case, forced=False)
     return Check(
         name=case.name,
         batch=len(new),
-        prompt_length=length,
+        prompt_length=case.sequences.shape[1] - expected.shape[1],
         new_tokens=new.shape[1],
         tokens_equal=True,
-        max_logit_difference=difference,
+        max_logit_difference=_compare(case, taken, new, expected),
     )
+
+
+def measure(model: Model, case: GoldenCase) -> Check:
+    """Run one case along eager's tokens and measure how far the logits are from eager's.
+
+    Tokens that the case doesn't record count together, which makes the divergence a little smaller, never larger.
+    Raises VerificationError where a logit isn't a number.
+    """
+    taken, new, expected = _run(model, case, forced=True)
+    places = list(_open_places(taken, expected.shape[1], len(new)))
+    found = np.stack([_logits(case, taken, row, index) for row, index in places])
+    wanted = np.stack([case.top_logits[row, index] for row, index in places])
+    difference = float(np.abs(found - wanted).max())
+    if case.rest is not None:
+        wanted = np.column_stack([wanted, [case.rest[place] for place in places]])
+        found = np.column_stack([found, [_rest(case, taken, row, index) for row, index in places]])
+    best = [case.top_ids[row, index, case.top_logits[row, index].argmax()] for row, index in places]
+    first = [taken[index].logits[row].argmax() for row, index in places]
+    quality = quality_of(wanted, found, np.equal(best, first))
+    return Check(
+        name=case.name,
+        batch=len(new),
+        prompt_length=case.sequences.shape[1] - expected.shape[1],
+        new_tokens=new.shape[1],
+        tokens_equal=quality.agreement == 1.0,
+        max_logit_difference=difference,
+        quality=quality,
+    )
+
+
+def _run(model: Model, case: GoldenCase, *, forced: bool) -> tuple[list[Step], np.ndarray, np.ndarray]:
+    """The steps and new tokens of a generation from the case's inputs, along eager's if `forced`, and eager's."""
+    manifest = model.bundle.manifest
+    prefix, given = split_options(manifest.generation, case.options)
+    options = generation_options(manifest.generation, given)
+    inputs = generation_inputs(case.inputs, prefix, options, model.wiring)
+    ids = token_ids(inputs)
+    if ids.shape[0] != len(case.sequences):
+        raise VerificationError(f"{case.name}: records {len(case.sequences)} sequences for inputs of {ids.shape[0]}")
+    expected = case.sequences[:, ids.shape[1] :]
+    along = expected if forced else None
+    taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True, forced=along)
+    return taken, new, expected
+
+
+def _open_places(taken: list[Step], new_tokens: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Row and step of every token before which its sequence hadn't ended."""
+    for index in range(min(new_tokens, len(taken))):
+        for row in range(batch):
+            if index == 0 or taken[index - 1].finish_reasons[row] is None:
+                yield row, index
+
+
+def _logits(case: GoldenCase, taken: list[Step], row: int, index: int) -> np.ndarray:
+    """The logits of the tokens that the case records at a step; VerificationError where it doesn't fit."""
+    logits = taken[index].logits[row].astype(np.float32)
+    if index >= case.top_ids.shape[1] or case.top_ids[row, index].max() >= len(logits):
+        raise VerificationError(
+            f"{case.name}: step {index} of sequence {row}: the record has no logits of it, or of tokens "
+            f"beyond the model's {len(logits)}"
+        )
+    found = logits[case.top_ids[row, index]]
+    if not np.isfinite(found).all():
+        raise VerificationError(f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers")
+    return found
+
+
+def _rest(case: GoldenCase, taken: list[Step], row: int, index: int) -> float:
+    """What the logits amount to that the case doesn't record."""
+    logits = taken[index].logits[row].astype(np.float32)
+    return float(log_sum_exp(np.delete(logits, case.top_ids[row, index])))
 
 
 def _compare(case: GoldenCase, taken: list[Step], new: np.ndarray, expected: np.ndarray) -> float:
     """The largest logit difference over the steps before each sequence ended."""
-    worst = 0.0
-    for index in range(max(new.shape[1], expected.shape[1])):
+    worst, steps = 0.0, max(new.shape[1], expected.shape[1])
+    opened = set(_open_places(taken, steps, len(new)))
+    for index in range(steps):
         for row in range(len(new)):
-            ended = index > 0 and taken[min(index, len(taken)) - 1].finish_reasons[row] is not None
-            if not ended and index < len(taken):
-                logits = taken[index].logits[row].astype(np.float32)
-                if index >= case.top_ids.shape[1] or case.top_ids[row, index].max() >= len(logits):
-                    raise VerificationError(
-                        f"{case.name}: step {index} of sequence {row}: the record has no logits of it, or of tokens "
-                        f"beyond the model's {len(logits)}"
-                    )
-                if not np.isfinite(logits[case.top_ids[row, index]]).all():
-                    raise VerificationError(
-                        f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers"
-                    )
-                difference = float(np.abs(logits[case.top_ids[row, index]] - case.top_logits[row, index]).max())
+            if (row, index) in opened:
+                difference = float(np.abs(_logits(case, taken, row, index) - case.top_logits[row, index]).max())
                 worst = max(worst, difference)
                 if not difference <= LOGIT_TOLERANCE * float(np.abs(case.top_logits[row, index]).max()):
                     raise VerificationError(

@@ -201,6 +201,14 @@ class Wiring:
         return names
 
 
+def _known_tokens(tokens: np.ndarray, source: Source) -> np.ndarray:
+    """Token ids; InputError for one that the program has no row for, where its engine wouldn't see that."""
+    below = source.options.get("below")
+    if below is not None and tokens.max(initial=0) >= below:
+        raise InputError(f"token ids up to {int(tokens.max())}, this bundle knows those below {below}")
+    return tokens
+
+
 def _key(source: Source) -> str:
     """What a rule's values are kept under: the rule and all that it goes by."""
     return f"{source.rule} {json.dumps(source.options, sort_keys=True)}"
@@ -288,7 +296,7 @@ class _Call:
         """The value of one program input."""
         source = item.source
         if source.kind == "tokens":
-            return self.tokens
+            return _known_tokens(self.tokens, source)
         if source.kind == "mask":
             return self.sequences.mask
         if source.kind == "position":
@@ -320,7 +328,7 @@ class _Call:
         )
         if not fits:
             raise InputError(f"{item.source.name}: expected shape {list(shape)}, got {list(array.shape)}")
-        return np.ascontiguousarray(array, dtype)
+        return _known_tokens(np.ascontiguousarray(array, dtype), item.source)
 
     def _positions(self, source: Source) -> np.ndarray:
         rule, key = source.rule or "", _key(source)

@@ -58,8 +58,13 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        if "language_model" in entry.roles and name not in self._bundle.manifest.flow.step:
-            # A repacked copy of every weight for one pass per prompt: the mapped ones serve it as fast.
+        if (
+            "language_model" in entry.roles
+            and name not in self._bundle.manifest.flow.step
+            and entry.precision == "fp32"
+        ):
+            # A repacked copy of every weight for one pass per prompt: the mapped ones serve it as fast. Those in blocks
+            # of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
         file, provider = self._bundle.file(entry.file), _PROVIDERS[self.device]
         self._check_files(entry.file)
