@@ -54,11 +54,12 @@ def test_build(tmp_path, monkeypatch, capsys):
     from tests.zoo import models, tokenizers
 
     monkeypatch.chdir(tmp_path)
-    (code,) = [code for code in PYTHON if "build_bundle" in code]
     names = {"model": models.make("llama"), "tokenizer": tokenizers.chat_tokenizer(models.VOCABULARY)}
-    exec(compile(code, "README.md", "exec"), names)
-    assert "tokens_equal=True" in capsys.readouterr().out
-    assert (tmp_path / "my-model.bundle" / "manifest.json").is_file()
+    for code in (code for code in PYTHON if "build_bundle" in code):
+        exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "tokens_equal=True" in printed and "Quality(kl_divergence=" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"my-model.bundle", "small.bundle"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

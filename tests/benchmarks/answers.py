@@ -1,9 +1,10 @@
 """The included model's answers about held-out scenes: how many are right, and whether every backend gives eager's.
 
-python -m tests.benchmarks.answers [--scenes 500] [--backends cpu torch xnnpack]
+python -m tests.benchmarks.answers [--scenes 500] [--backends cpu torch xnnpack] [--precision fp32 int8 int4]
 """
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from genbundle.builder import build_bundle
 from genbundle.builder.demo.scenes import draw, held_out_scenes, random_question
 from genbundle.builder.demo.show import MODEL, sample_inputs
 from genbundle.runtime import Model, load_bundle
+from genbundle.runtime.quality import in_words
 
 Asked = list[tuple[Any, str, str]]  # picture, question, true answer
 
@@ -56,18 +58,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--backends", nargs="+", default=["cpu", "torch", "xnnpack"])
+    parser.add_argument("--precision", nargs="+", default=["fp32"], metavar="NAME")
     options = parser.parse_args()
     asked = held_out_questions(options.scenes)
     expected = eager_answers(asked)
-    right = sum(answer == truth for answer, (_, _, truth) in zip(expected, asked, strict=True))
-    print(f"eager: {right} of {len(asked)} right ({right / len(asked):.2%})", flush=True)
+    print(f"eager: {_right(expected, asked)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for backend in options.backends:
-            path = Path(folder) / f"{backend}.bundle"
-            build_bundle(MODEL, sample_inputs(), backend, output=path, progress=False)
+        for backend, precision in itertools.product(options.backends, options.precision):
+            path = Path(folder) / f"{backend}-{precision}.bundle"
+            bundle = build_bundle(MODEL, sample_inputs(), backend, precision=precision, output=path, progress=False)
             found = bundle_answers(load_bundle(path), asked)
             same = sum(one == other for one, other in zip(found, expected, strict=True))
-            print(f"{backend}: {same} of {len(asked)} answers equal eager's", flush=True)
+            print(
+                f"{backend} {precision}: {same} of {len(asked)} answers equal eager's; {_right(found, asked)}; "
+                f"{bundle.size} bytes",
+                flush=True,
+            )
+            if bundle.manifest.verification is not None and bundle.manifest.verification.quality is not None:
+                print(f"    {in_words(bundle.manifest.verification.quality)}", flush=True)
+
+
+def _right(answers: list[str], asked: Asked) -> str:
+    count = sum(answer == truth for answer, (_, _, truth) in zip(answers, asked, strict=True))
+    return f"{count} of {len(asked)} right ({count / len(asked):.2%})"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from genbundle.builder.fused import decoder_components
 from genbundle.builder.generation_config import describe_generation
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.plan import Capture, make_plan
+from genbundle.builder.precision import Precisions
 from genbundle.builder.samples import padded_single
 from genbundle.builder.turns import turn_components
 from genbundle.bundles import UnsupportedModelError
@@ -46,6 +47,8 @@ def _explicit(
     capacity: int | None,
     folder: Path,
     announce: Callable[[str], None],
+    *,
+    precisions: Precisions,
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
     components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
@@ -55,7 +58,7 @@ def _explicit(
 
         exported = export_torch(components, folder, announce)
     else:
-        exported = export_onnx(components, folder, format_name, announce)
+        exported = export_onnx(components, folder, format_name, announce, precisions)
     return _with_flow(exported, flow, notes)
 
 
@@ -72,6 +75,8 @@ def _executorch(
     capacity: int | None,
     folder: Path,
     announce: Callable[[str], None],
+    *,
+    precisions: Precisions,
 ) -> Exported:
     """One .pte for ExecuTorch: with its state inside, or, for a model that can't have that, in and out of it."""
     assert capacity is not None  # limits_of
@@ -83,7 +88,7 @@ def _executorch(
     except MODEL_ERRORS as error:
         why = f"its code fails with another cache and mask than its own: {type(error).__name__}"
         refusal = UnsupportedModelError(f"language_model: {why}: {first_line(error)}")
-    return _state_outside(model, captures, capacity, folder, announce, refusal=refusal)
+    return _state_outside(model, captures, capacity, folder, announce, refusal=refusal, precisions=precisions)
 
 
 def _state_outside(
@@ -94,6 +99,7 @@ def _state_outside(
     announce: Callable[[str], None],
     *,
     refusal: Exception,
+    precisions: Precisions,
 ) -> Exported:
     """One .pte whose methods take and return the state.
 
@@ -154,7 +160,7 @@ EXPORTERS: dict[str, Callable[..., Exported]] = {
     "torch": partial(_explicit, "torch"),
     "xnnpack": _executorch,
 }
-"""backend -> `export(model, captures, capacity, folder, announce)`."""
+"""backend -> `export(model, captures, capacity, folder, announce, precisions=)`."""
 
 OTHERWISE: dict[str, Callable[..., Exported]] = {"xnnpack": _state_outside}
 """backend -> the same with `refusal=`, for a model whose bundle with its state inside failed its verification."""

@@ -19,16 +19,15 @@ from genbundle.builder.image_text import feature_token
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, settings_of
+from genbundle.builder.precision import Precisions, parse_precision
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
-from genbundle.builder.verify import record, taken_by, verify_staged
+from genbundle.builder.verify import new_tokens, record, taken_by, verify_staged
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import check_target, new_bundle
-
-PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32",), "xnnpack": ("fp32",), "torch": ("fp32",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +35,10 @@ class Settings:
     """What a build was asked for; the manifest records it."""
 
     backend: str
-    precision: str = "fp32"
+    precision: str | dict[str, str] = "fp32"
     max_length: int | None = None
     verify: bool = True
+    quality_floor: float | None = None
 
 
 def build_bundle(
@@ -47,7 +47,8 @@ def build_bundle(
     backend: str = "cpu",
     *,
     output: str | Path | None = None,
-    precision: str = "fp32",
+    precision: str | Mapping[str, str] = "fp32",
+    quality_floor: float | None = None,
     max_length: int | None = None,
     processor: Any = None,
     overwrite: bool = False,
@@ -64,7 +65,12 @@ def build_bundle(
             or processor when None.
         backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
         output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
-        precision: of weights and computation; "fp32".
+        precision: "fp32", or on "cpu" "int8" or "int4": the language model's weights, with its token embedding and its
+            head, in blocks of so many bits. Encoders of pictures and sound stay at fp32 unless named:
+            `{"language_model": "int4", "encoder": "int8"}` (`image_encoder`, `audio_encoder`, `video_encoder` for one).
+        quality_floor: of a lossy precision, the least share of new tokens on held-out inputs whose first choice has to
+            be eager's, 0 for any; by default what `genbundle.builder.precision.FLOORS` says, which also bounds the
+            mean KL divergence of each input.
         max_length: the most tokens (prompt and generated) that a bundle holds; the model's own limit by default.
         processor: the tokenizer or processor; loaded from the directory or hub id when None.
         overwrite: replace a bundle that is at `output`. Anything else there is kept and the build refused.
@@ -74,9 +80,12 @@ def build_bundle(
     Raises:
         BuildError: settings, inputs or an output that can't be used.
         UnsupportedModelError: a model whose generation can't be replayed exactly; names the component and the cause.
-        VerificationError: the finished bundle gave other tokens than eager; nothing is kept.
+        VerificationError: the finished bundle gave other tokens than eager, or came too far from it at a lossy
+            precision; nothing is kept.
     """
-    settings = _check_settings(backend, precision, max_length, verify)
+    settings = _check_settings(backend, precision, quality_floor, max_length, verify)
+    precisions = parse_precision(precision, backend)
+    floor = precisions.floor(quality_floor)
     if output is not None:
         check_target(Path(output).absolute(), overwrite=overwrite)
     given = as_inputs(inputs)
@@ -89,15 +98,19 @@ def build_bundle(
                 before = settings_of(eager)
                 limits = limits_of(eager, backend, max_length)
                 samples = make_samples(eager, given or from_processor(eager, loaded.processor), limits)
-                export = partial(_export, loaded, samples, settings, limits, writer.path, announce)
+                export = partial(_export, loaded, samples, settings, precisions, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out if settings.verify else {}
-                cases = [record(eager, name, inputs) for name, inputs in held_out.items() if taken_by(manifest, inputs)]
+                cases = [
+                    record(eager, name, inputs, new_tokens(inputs, limits, lossy=precisions.lossy))
+                    for name, inputs in held_out.items()
+                    if taken_by(manifest, inputs)
+                ]
                 expect_unchanged(eager, before)
                 if settings.verify and backend in OTHERWISE and not manifest.state:
                     announce("verify")
                     try:
-                        manifest = verify_staged(cases, limits, manifest, writer)
+                        manifest = verify_staged(cases, limits, manifest, writer, floor)
                     except (VerificationError, EngineError) as error:
                         manifest = export(partial(OTHERWISE[backend], refusal=error))
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
@@ -105,7 +118,7 @@ def build_bundle(
             gc.collect()
             if settings.verify and manifest.verification is None:
                 announce("verify")
-                manifest = verify_staged(cases, limits, manifest, writer)
+                manifest = verify_staged(cases, limits, manifest, writer, floor)
             announce("publish")
             return writer.commit(manifest)
 
@@ -120,21 +133,22 @@ def _writing(target: Path) -> Iterator[None]:
         raise BuildError(f"the bundle can't be written to {target}: {reason}; nothing was kept") from error
 
 
-def _check_settings(backend: str, precision: str, max_length: int | None, verify: bool) -> Settings:
+def _check_settings(
+    backend: str, precision: str | Mapping[str, str], quality_floor: float | None, max_length: int | None, verify: bool
+) -> Settings:
     if backend not in BACKENDS:
         raise BuildError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if precision not in PRECISIONS[backend]:
-        raise BuildError(
-            f"precision {precision!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}"
-        )
+    if quality_floor is not None and not 0 <= quality_floor <= 1:
+        raise BuildError(f"quality_floor: expected a share from 0 to 1, got {quality_floor!r}")
     if max_length is not None and (type(max_length) is not int or max_length < 2):
         raise BuildError(f"max_length: expected an integer of at least 2, got {max_length!r}")
-    return Settings(backend=backend, precision=precision, max_length=max_length, verify=verify)
+    given = precision if isinstance(precision, str) else dict(precision)
+    return Settings(backend=backend, precision=given, max_length=max_length, verify=verify, quality_floor=quality_floor)
 
 
 def _export(
-    loaded: Loaded, samples: Samples, settings: Settings, limits: Limits, folder: Path, announce: Callable[[str], None],
-    exporter: Callable[..., Exported],
+    loaded: Loaded, samples: Samples, settings: Settings, precisions: Precisions, limits: Limits, folder: Path,
+    announce: Callable[[str], None], exporter: Callable[..., Exported],
 ) -> Manifest:  # fmt: skip
     """Capture, explain and export; everything of the manifest but the verification."""
     model = loaded.model
@@ -142,7 +156,7 @@ def _export(
     announce("capture")
     captures = capture_calls(model, samples.capture)
     announce("explain")
-    exported = exporter(model, captures, limits.capacity, folder, announce)
+    exported = exporter(model, captures, limits.capacity, folder, announce, precisions=precisions)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
@@ -158,12 +172,13 @@ def _export(
         format=FORMAT,
         version=FORMAT_VERSION,
         backend=settings.backend,  # pyright: ignore[reportArgumentType]
-        precision=settings.precision,
+        precision=precisions.language_model,
         model=ModelFacts(
             architecture=type(model).__name__,
             name=loaded.name,
             parameters=sum(parameter.numel() for parameter in parameters),
-            weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            weight_bytes=exported.weight_bytes
+            or sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         ),
         flow=replace(exported.flow, restart=limits.restart),
         programs=exported.programs,

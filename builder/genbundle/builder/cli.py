@@ -17,6 +17,7 @@ from genbundle.bundles import BuildError, Bundle, GenbundleError
 from genbundle.bundles.manifest import BACKENDS
 from genbundle.runtime.cli import needs_builder
 from genbundle.runtime.inspection import megabytes
+from genbundle.runtime.quality import in_words
 
 _BACKEND = click.option(
     "--backend",
@@ -36,19 +37,34 @@ _BACKEND = click.option(
 @click.option(
     "--max-length", type=int, metavar="N", help="The most tokens that the bundle holds, prompt and generated."
 )
-@click.option("--precision", default="fp32", show_default=True, metavar="NAME", help="Of weights and computation.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    metavar="NAME",
+    help="fp32, int8 or int4 for the language model, or language_model=int4,encoder=int8.",
+)
+@click.option(
+    "--quality-floor",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of a lossy precision: the least share of first choices that are the original model's, 0 for any; by default "
+    "0.9 for int8 and 0.7 for int4.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
 @click.option("--no-verify", is_flag=True, help="Skip the replay against the original model.")
 @click.option("--quiet", "no_progress", is_flag=True, help="No progress bar, which is shown on a terminal only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output; no progress bar.")
 def build(
-    model: str, backend: str, output: Path | None, max_length: int | None, precision: str, overwrite: bool,
-    no_verify: bool, no_progress: bool, as_json: bool,
+    model: str, backend: str, output: Path | None, max_length: int | None, precision: str,
+    quality_floor: float | None, overwrite: bool, no_verify: bool, no_progress: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL, a saved transformers model's directory or a hub id, into one self-contained bundle.
 
     The finished bundle is replayed on inputs that the export never saw and compared with the original model, token by
-    token; a bundle that differs is not kept. Nothing stands at the output until all of that is done.
+    token; a bundle that differs is not kept. At int8 and int4 tokens may differ: how far the probabilities are from the
+    original model's is measured and reported, and too far is refused. Nothing stands at the output until all of that
+    is done.
 
     \b
     cpu      ONNX Runtime on the CPU; runs without torch and transformers
@@ -60,14 +76,16 @@ def build(
     Examples:
       genbundle build ./my-model
       genbundle build HuggingFaceTB/SmolLM2-135M-Instruct --backend xnnpack --max-length 2048
+      genbundle build ./my-model --precision int4
       genbundle build ./my-model --output app/model.bundle --overwrite --json
     """
     with kept_log():
         with needs_builder("build"), quiet():
             from genbundle.builder import build_bundle
         bundle = build_bundle(
-            model, backend=backend, output=output, max_length=max_length, precision=precision, overwrite=overwrite,
-            verify=not no_verify, progress=sys.stderr.isatty() and not (no_progress or as_json),
+            model, backend=backend, output=output, max_length=max_length, precision=precision,
+            quality_floor=quality_floor, overwrite=overwrite, verify=not no_verify,
+            progress=sys.stderr.isatty() and not (no_progress or as_json),
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report(bundle)))
@@ -112,6 +130,11 @@ def verified(bundle: Bundle) -> str:
     if verification is None:
         return "not verified (--no-verify)"
     names = ", ".join(check.name for check in verification.checks)
+    if verification.quality is not None:
+        return (
+            f"measured on {verification.provider} against the original model, over {verification.quality.positions} "
+            f"tokens of {names}: {in_words(verification.quality)}"
+        )
     worst = max((check.max_logit_difference for check in verification.checks), default=0.0)
     return (
         f"verified on {verification.provider} against the original model: same tokens for {names}; "

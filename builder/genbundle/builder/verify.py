@@ -13,13 +13,23 @@ from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.limits import Limits
 from genbundle.bundles import EngineError, UnsupportedModelError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
-from genbundle.bundles.manifest import Manifest, Verification
+from genbundle.bundles.manifest import Manifest
+from genbundle.bundles.report import QualityFloor, Verification
 from genbundle.bundles.writer import BundleWriter
 from genbundle.runtime import load_bundle
-from genbundle.runtime.verify import replay
+from genbundle.runtime.quality import expect_quality
+from genbundle.runtime.verify import check_cases
 
 NEW_TOKENS = 12
+_QUALITY_TOKENS = 32  # a mean over few tokens says little
 GOLDEN_LOGITS = 16
+
+
+def new_tokens(inputs: Mapping[str, torch.Tensor], limits: Limits, *, lossy: bool) -> int:
+    """How many tokens to generate from held-out inputs; more where their likeness is measured, if there is room."""
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    room = _QUALITY_TOKENS if limits.capacity is None or ids is None else limits.capacity - ids.shape[1]
+    return max(NEW_TOKENS, min(_QUALITY_TOKENS, room)) if lossy else NEW_TOKENS
 
 
 def record(
@@ -54,13 +64,18 @@ def taken_by(manifest: Manifest, inputs: Mapping[str, torch.Tensor]) -> bool:
     return any(set(route.needs) <= inputs.keys() for route in manifest.flow.prompt)
 
 
-def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter) -> Manifest:
-    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written."""
+def verify_staged(
+    cases: list[GoldenCase], limits: Limits, manifest: Manifest, writer: BundleWriter, floor: QualityFloor | None
+) -> Manifest:
+    """Replay the staged bundle on what eager gave; the manifest with the report, the golden records written.
+
+    floor: what a lossy precision has to reach; None where tokens must be equal.
+    """
     device = "cpu" if manifest.backend == "cuda" else None
     try:
         with quiet():  # an engine logs what it fails at
             runtime = load_bundle(writer.stage(manifest), device=device)
-            checks = tuple(replay(runtime, case) for case in cases)
+            checks = check_cases(runtime, cases, floor)
     except (VerificationError, EngineError) as error:
         # A tracer may fix a loop's length without a word: prompts then go through the step's program.
         simpler = without_optional_programs(manifest, error)
@@ -71,7 +86,7 @@ def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, w
             (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
         manifest = simpler
         runtime = load_bundle(writer.stage(manifest), device=device)
-        checks = tuple(replay(runtime, case) for case in cases)
+        checks = check_cases(runtime, cases, floor)
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
     pending = None
     if manifest.backend == "cuda":
@@ -84,7 +99,13 @@ def verify_staged(cases: list[GoldenCase], limits: Limits, manifest: Manifest, w
     ]
     if missed:
         notes += (f"verified on up to {longest} tokens; not reached: {', '.join(missed)}",)
-    report = Verification(provider=runtime.backend.device, checks=checks, pending=pending)
+    report = Verification(
+        provider=runtime.backend.device,
+        checks=checks,
+        pending=pending,
+        quality=expect_quality(checks, floor) if floor is not None else None,
+        floor=floor,
+    )
     return replace(manifest, verification=report, notes=notes)
 
 

@@ -31,9 +31,11 @@ class WeightPool:
     """Tensors by content: adding an equal tensor twice stores it once.
 
     The file keeps the tensors in the order of their first use, so that the same programs give the same bytes.
+    shaped: whether tensors of equal bytes and other shapes are other tensors, for programs that read them by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shaped: bool = True) -> None:
+        self._shaped = shaped
         self._tensors: dict[str, Any] = {}
         self._names: dict[str, str] = {}
         self.slots: dict[str, Slot] = {}
@@ -41,7 +43,7 @@ class WeightPool:
     def add(self, name: str, tensor: Any) -> str:
         """Take a tensor (anything with `numpy()`, `shape` and `dtype`) and return the key of its content."""
         array = np.asarray(tensor.numpy(), order="C")  # ascontiguousarray would give a number an axis
-        digest = hashlib.sha256(repr((array.dtype.name, array.shape)).encode())
+        digest = hashlib.sha256(repr((array.dtype.name, array.shape if self._shaped else None)).encode())
         digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
         key = digest.hexdigest()
         if key not in self._tensors:

@@ -20,12 +20,16 @@ Lowered = TypeVar("Lowered")
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What a format wrote: programs, the state they carry, how they are called, the weights file, and what to know."""
+    """What a format wrote: programs, the state they carry, how they are called, the weights file, and what to know.
+
+    weight_bytes: of every distinct weight, where a lossy precision makes it other than the model's own.
+    """
 
     programs: tuple[Program, ...]
     state: tuple[State, ...] = ()
     flow: Flow = field(default_factory=lambda: Flow(prompt=(), step=()))
     weights: str | None = None
+    weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 

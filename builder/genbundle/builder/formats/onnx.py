@@ -9,30 +9,36 @@ import onnx_ir as ir
 from genbundle.builder.components import Component, as_state
 from genbundle.builder.exporting import to_onnx
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
+from genbundle.builder.formats.onnx_precision import round_programs
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 from genbundle.builder.passes.tied_weights import share_transposed_weights
+from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPool
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Output, Program, State
 
 
-def export_onnx(components: Iterable[Component], folder: Path, provider: str, progress: Progress) -> Exported:
+def export_onnx(
+    components: Iterable[Component], folder: Path, provider: str, progress: Progress, precisions: Precisions
+) -> Exported:
     """Write one .onnx per component below `folder` and the weights they share, each once.
 
     provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
     """
-    pool, models, programs, states = WeightPool(), {}, [], {}
+    pool, models, programs, states = WeightPool(shaped=False), {}, [], {}
     notes: list[str] = []
-    for component, model in lower_each(components, lambda item: _lower(item, provider), progress, notes):
+    lowered = list(lower_each(components, lambda item: _lower(item, provider, precisions), progress, notes))
+    rounded = round_programs(lowered, precisions, progress, notes)
+    for component, model in lowered:
         _name_axes(model, component)
-        program = _describe(model, component, states)
+        program = rounded.describe(_describe(model, component, states))
         _rename(model, component)
         models[component.name] = (model, _share(model, pool))
         programs.append(program)
     progress("write weights")
-    pool.write(folder / WEIGHTS_NAME)
+    size = pool.write(folder / WEIGHTS_NAME)
     for name, (model, shared) in models.items():
         for value, key in shared:
             slot = pool.slots[key]
@@ -57,7 +63,13 @@ def export_onnx(components: Iterable[Component], folder: Path, provider: str, pr
                     value.shape = None
         ir.save(model, folder / f"{name}.onnx")
     carried = tuple(_without_unread_state(entry, states) for entry in programs)
-    return Exported(programs=carried, state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
+    return Exported(
+        programs=carried,
+        state=tuple(states.values()),
+        weights=WEIGHTS_NAME,
+        weight_bytes=size if precisions.lossy else None,
+        notes=tuple(notes),
+    )
 
 
 def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Program:
@@ -66,10 +78,13 @@ def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Progra
     return replace(entry, outputs=tuple(outputs))
 
 
-def _lower(component: Component, provider: str) -> ir.Model:
+def _lower(component: Component, provider: str, precisions: Precisions) -> ir.Model:
     """The component as an ONNX graph, fused and simplified."""
+    part = part_of(component)
+    # Towers' fused attention takes its three matrices as one that the engine puts together: none of them is a product.
+    fusions = component.fusions and (part == LANGUAGE_MODEL or precisions.of_part(part) == "fp32")
     # Upstream's fusions for CUDA leave operators that the CPU provider lacks, where the bundle is verified.
-    fused_for = provider if component.fusions and provider == "cpu" else None
+    fused_for = provider if fusions and provider == "cpu" else None
     model = to_onnx(component.module, component.sample, component.axes, component.longest, fused_for, component.least)
     _expect_dynamic(model, component)
     share_transposed_weights(model)

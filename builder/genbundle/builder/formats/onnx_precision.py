@@ -1,0 +1,90 @@
+"""The step between lowering and the weight pool: every program's weights at the precision of their part."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+
+import onnx_ir as ir
+
+from genbundle.builder.components import Component
+from genbundle.builder.formats import Progress
+from genbundle.builder.passes.weight_only import quantize_weights
+from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, part_of
+from genbundle.builder.weights import SHARED_FROM_BYTES
+from genbundle.bundles.manifest import Input, Program
+from genbundle.runtime.inspection import megabytes
+
+_TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedPrograms:
+    """Which precision each program got, and how many tokens the table has that an input of it looks up."""
+
+    precisions: dict[str, str]
+    rows: dict[str, dict[str, int]]
+
+    def describe(self, program: Program) -> Program:
+        """The manifest's entry with its precision, and with the tokens that it knows: the engine takes any others for
+        zeros, and says nothing."""
+        rows = self.rows.get(program.name, {})
+        inputs = tuple(_limited(item, rows.get(item.name)) for item in program.inputs)
+        return replace(program, inputs=inputs, precision=self.precisions.get(program.name, "fp32"))
+
+
+def _limited(item: Input, rows: int | None) -> Input:
+    if rows is None:
+        return item
+    return replace(item, source=replace(item.source, options={**item.source.options, "below": rows}))
+
+
+def round_programs(
+    lowered: list[tuple[Component, ir.Model]], precisions: Precisions, progress: Progress, notes: list[str]
+) -> RoundedPrograms:
+    """Quantize the models in place, each weight by the part of the model that it belongs to.
+
+    Of a program with encoder and language model in one, the weights that other programs of the language model read are
+    the language model's, so that they are shared; the others stay.
+    """
+    parts = {component.name: part_of(component) for component, _ in lowered}
+    precisions.expect_parts(parts.values())
+    used, rows, kept = {name: precisions.of_part(part) for name, part in parts.items()}, {}, {}
+    mixed = {component.name for component, _ in lowered if {"encoder", "language_model"} <= set(component.roles)}
+    known: set[bytes] = set()
+    for component, model in sorted(lowered, key=lambda item: item[0].name in mixed):
+        bits = BITS.get(used[component.name])
+        if bits is None:
+            continue
+        progress(f"quantize {component.name}")
+        tokens = [
+            name
+            for name, source in component.sources.items()
+            if source.kind == "tokens" or (source.kind == "user" and source.name in _TOKEN_INPUTS)
+        ]
+        if component.name in mixed:
+            done = quantize_weights(model, bits, tokens=tokens, chosen=partial(_among, known))
+        else:
+            if mixed and parts[component.name] == LANGUAGE_MODEL:
+                known |= {_content(value) for value in model.graph.initializers.values() if _large(value)}
+            done = quantize_weights(model, bits, tokens=tokens)
+        rows[component.name] = done.rows
+        kept |= done.kept
+    if kept:
+        notes.append(
+            f"{len(kept)} weights of {megabytes(sum(kept.values()))} stay at fp32, since they aren't products of one "
+            f"matrix: {', '.join(sorted(kept)[:3])}{' ...' if len(kept) > 3 else ''}"
+        )
+    return RoundedPrograms(precisions=used, rows=rows)
+
+
+def _among(known: set[bytes], value: ir.Value) -> bool:
+    return _content(value) in known
+
+
+def _large(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.nbytes >= SHARED_FROM_BYTES
+
+
+def _content(value: ir.Value) -> bytes:
+    assert value.const_value is not None
+    return hashlib.sha256(value.const_value.tobytes()).digest()

@@ -1,0 +1,59 @@
+"""Bundles of lossy precisions on their real engines: they shrink, generate, and say how far they are from eager."""
+
+import numpy as np
+import pytest
+
+from genbundle.builder import build_bundle
+from genbundle.bundles import InputError, VerificationError
+from genbundle.runtime import load_bundle
+from genbundle.runtime.cli import invoke
+from genbundle.runtime.inspection import as_text
+from tests.zoo import models
+
+pytestmark = pytest.mark.slow
+
+
+def built(name, backend, output, **options):
+    options = {"quality_floor": 0.0, "progress": False, **options}
+    return build_bundle(models.make(name), models.samples(name), backend, output=output, **options)
+
+
+def lengths(bundle):
+    """Programs and weights, without the records."""
+    return sum(file.size for name, file in bundle.manifest.files.items() if name != "golden.msgpack")
+
+
+@pytest.mark.parametrize(("precision", "divergence", "share"), [("int8", 1e-3, 0.55), ("int4", 0.1, 0.45)])
+def test_a_tied_text_model_on_cpu(precision, divergence, share, bundle, tmp_path, capsys):
+    whole, small = bundle("llama_tied"), built("llama_tied", "cpu", tmp_path / "b", precision=precision)
+    assert lengths(small) < share * lengths(whole)
+    # No copy of the table for the head, at 8 or 4 bits with a scale and a zero point for each block.
+    bits = {"int8": 8 + 0.7, "int4": 4 + 0.7}[precision]
+    assert small.manifest.model.weight_bytes < whole.manifest.model.parameters * bits / 8
+    assert (small.manifest.precision, small.manifest.program("decode").precision) == (precision, precision)
+    report = small.manifest.verification
+    assert report is not None and report.quality is not None
+    assert 0 < report.quality.kl_divergence < divergence and report.quality.agreement > 0.6
+    assert all(check.quality is not None for check in report.checks)
+    assert "mean KL divergence" in as_text(small)
+    assert invoke(["verify", str(small.path)]) == 0
+    assert "mean KL divergence" in capsys.readouterr().out
+    model, ids = load_bundle(small.path), models.text_ids(7).numpy()
+    assert model.generate(input_ids=ids, max_new_tokens=5).sequences.shape == (1, 12)
+    with pytest.raises(InputError, match="token ids up to 200, this bundle knows those below 200"):
+        model.generate(input_ids=np.array([[5, 200]]), max_new_tokens=2)
+
+
+def test_parts_of_an_image_text_model_on_cpu(tmp_path):
+    asked = {"language_model": "int4", "image_encoder": "int8"}
+    made = built("llava", "cpu", tmp_path / "b", precision=asked)
+    found = {program.name: program.precision for program in made.manifest.programs}
+    assert found == {"image_encoder": "int8", "merge": "int4", "prompt": "int4", "decode": "int4"}
+    assert made.manifest.settings["precision"] == asked
+    assert "int4, image_encoder int8" in as_text(made)
+
+
+def test_below_the_floor(tmp_path):
+    with pytest.raises(VerificationError, match=r"too far .* mean KL divergence .* the same first token in .*100\.0%"):
+        built("llama_tied", "cpu", tmp_path / "b", precision="int4", quality_floor=1.0)
+    assert list(tmp_path.iterdir()) == []
