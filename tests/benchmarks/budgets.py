@@ -39,14 +39,23 @@ def make_model(folder: str, size: str) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-def build(folder: str, backend: str, bundle: str) -> dict:
+def build(folder: str, backend: str, bundle: str, precision: str = "fp32", max_length: str = "1024") -> dict:
     """Build a bundle; peak memory of this process over the model's size in memory, and bytes over bytes."""
     import resource
 
     from genbundle.builder import build_bundle
 
     started = time.perf_counter()
-    built = build_bundle(folder, None, backend, output=bundle, max_length=1024, progress=False)
+    built = build_bundle(
+        folder,
+        None,
+        backend,
+        output=bundle,
+        max_length=int(max_length),
+        precision=precision,
+        quality_floor=0.0,
+        progress=False,
+    )
     facts = built.manifest.model
     programs = {program.file for program in built.manifest.programs} | {built.manifest.weights}
     stored = sum(file.size for name, file in built.manifest.files.items() if name in programs)
@@ -95,7 +104,11 @@ def runtime(bundle: str) -> Turn:
 
     from genbundle.runtime import load_bundle
 
-    model, seconds, stream = load_bundle(bundle, threads=THREADS), 0.0, iter(())
+    started = time.perf_counter()
+    model = load_bundle(bundle, threads=THREADS)
+    for entry in model.bundle.manifest.programs:
+        model.backend.program(entry.name)  # opened at its first call otherwise
+    seconds, stream = time.perf_counter() - started, iter(())
     rng = np.random.default_rng(0)
     while True:
         context = yield seconds
@@ -133,20 +146,22 @@ def bare(bundle: str) -> Turn:
 def work(function: str, argument: str) -> None:
     """Be a worker: a context or 0 (one step further) on each line of stdin, seconds on each line of stdout."""
     turns = globals()[function](argument)
-    next(turns)
-    print("ready", flush=True)
+    print(next(turns), flush=True)
     for line in sys.stdin:
         print(turns.send(int(line)), flush=True)
 
 
 class Worker:
-    """A process that takes turns with others."""
+    """A process that takes turns with others. opening: the seconds that it took to open what it times."""
 
-    def __init__(self, function: str, argument: str):
-        command = [sys.executable, "-m", "tests.benchmarks.budgets", "--work", function, argument]
+    def __init__(self, function: str, argument: str, command: tuple[str, ...] = ()):
+        command = command or (sys.executable, "-m", "tests.benchmarks.budgets", "--work")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process: Any = subprocess.Popen(command, text=True, **pipes)
-        self._process.stdout.readline()
+        self._process: Any = subprocess.Popen([*command, function, argument], text=True, **pipes)
+        first = self._process.stdout.readline()
+        if not first:
+            raise SystemExit(f"the worker {function} {argument} ended before its first turn")
+        self.opening = float(first)
 
     def step(self, context: int = 0) -> float:
         """Milliseconds of one step, or of a prompt of `context` tokens."""

@@ -1,0 +1,164 @@
+"""The budgets against what users could pick instead, side by side in one run: python -m tests.benchmarks.peers FOLDER
+
+FOLDER keeps the model, the bundles, the peers' files and their environment, and is used again. llama.cpp is compiled
+for it (ten minutes on two cores). As in budgets.py each is a process of its own and they take turns; figures are
+medians, ratios are of medians, and the spread is that of the ratios turn by turn (10th to 90th percentile).
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.budgets import Worker, in_process
+
+PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0")
+CAPACITY = 4096
+CONTEXTS = (128, 900)
+LONG = 3900
+PROMPTS, TURNS, STEPS = 5, 10, 3
+BUNDLES = {  # name -> backend, precision
+    "cpu": ("cpu", "fp32"),
+    "cpu-int4": ("cpu", "int4"),
+    "xnnpack": ("xnnpack", "fp32"),
+    "xnnpack-int4": ("xnnpack", "int4"),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `limit` x the fastest of `peers`, in steps, prompts or opening."""
+
+    bundle: str
+    what: str
+    peers: tuple[str, ...]
+    limit: float
+
+
+_FULL, _FOUR = ("llama.cpp f32", "ort-genai fp32"), ("llama.cpp q4_0", "ort-genai int4")
+BUDGETS = (
+    Budget("cpu", "step", _FULL, 1.0),
+    Budget("cpu", "prompt", _FULL, 0.9),
+    Budget("cpu-int4", "step", _FOUR[1:], 1.0),
+    Budget("cpu-int4", "prompt", _FOUR[1:], 0.8),
+    Budget("xnnpack", "step", _FULL, 0.95),
+    Budget("xnnpack-int4", "step", _FOUR, 0.95),
+    Budget("xnnpack-int4", "prompt", _FOUR, 0.7),
+    Budget("cpu", "opening", _FULL[:1], 5.0),
+)
+
+
+def prepare(root: Path, bundles: Iterable[str]) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Make what isn't there yet; every worker's function, argument and command by name."""
+    model, python = root / "model", root / "environment" / "bin" / "python"
+    if not model.exists():
+        in_process("make_model", str(model), "full")
+    if not python.exists():
+        venv.create(root / "environment", with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        # GenAI's model builder needs torch and transformers: the project's own.
+        packages = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, check=True
+        )
+        shared = Path(packages.stdout.decode().strip()) / "project.pth"
+        shared.write_text(sysconfig.get_path("purelib") + "\n")
+    script = str(Path(__file__).with_name("peer_workers.py"))
+    workers: dict[str, tuple[str, str, tuple[str, ...]]] = {}
+    for kind in ("f32", "q4_0"):
+        path = root / f"{kind}.gguf"
+        if not path.exists():
+            subprocess.run([python, script, "write_gguf", path, kind], check=True)
+        workers[f"llama.cpp {kind}"] = ("llamacpp", str(path), (str(python), script))
+    for kind in ("fp32", "int4"):
+        folder = root / f"genai-{kind}"
+        if not folder.exists():
+            builder = [python, "-m", "onnxruntime_genai.models.builder", "-p", kind, "-e", "cpu"]
+            subprocess.run([*builder, "-m", model, "-i", model, "-o", folder, "-c", root / "cache"], check=True)
+        workers[f"ort-genai {kind}"] = ("ort_genai", str(folder), (str(python), script))
+    for name in bundles:
+        backend, precision = BUNDLES[name]
+        path = root / f"{name}-{CAPACITY}.bundle"
+        if not path.exists():
+            in_process("build", str(model), backend, str(path), precision, str(CAPACITY))
+        workers[name] = ("runtime", str(path), ())
+    return workers
+
+
+def measure(workers: dict[str, Worker], contexts: Iterable[int]) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds by worker and what was timed, all taking turns."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for name, worker in workers.items():
+        times[name, "opening"] = [1e3 * worker.opening]
+        worker.step(16)
+    for context in contexts:
+        for _ in range(PROMPTS if context < LONG else 1):
+            for name, worker in workers.items():
+                times.setdefault((name, f"prompt {context}"), []).append(worker.step(context))
+        for worker in workers.values():
+            worker.step()
+        for _ in range(TURNS):
+            for name, worker in workers.items():
+                times.setdefault((name, f"step {context}"), []).extend(worker.step() for _ in range(STEPS))
+    return times
+
+
+def ratio(times: dict[tuple[str, str], list[float]], name: str, peers: Iterable[str], what: str) -> str | None:
+    """The table's row: milliseconds, the fastest peer's, their ratio and its spread; None for what wasn't timed."""
+    own = times.get((name, what))
+    timed = {peer: times[peer, what] for peer in peers if (peer, what) in times}
+    if own is None or not timed:
+        return None
+    best = min(timed, key=lambda peer: statistics.median(timed[peer]))
+    each = sorted(mine / theirs for mine, theirs in zip(own, timed[best], strict=True))
+    low, high = each[len(each) // 10], each[-1 - len(each) // 10]
+    mine, theirs = statistics.median(own), statistics.median(timed[best])
+    return f"{mine:.1f} | {theirs:.1f} ({best}) | {mine / theirs:.2f} ({low:.2f}-{high:.2f})"
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--bundles", nargs="+", choices=BUNDLES, default=list(BUNDLES))
+    parser.add_argument("--long", action="store_true", help=f"a context of {LONG} too")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    known = prepare(options.folder, options.bundles)
+    contexts = (*CONTEXTS, LONG) if options.long else CONTEXTS
+    rows = []
+    for group in (_FULL, _FOUR):
+        four = group is _FOUR
+        names = [*group, *(name for name in options.bundles if name.endswith("int4") == four)]
+        workers = {name: Worker(*known[name]) for name in names}
+        times = measure(workers, contexts)
+        for worker in workers.values():
+            worker.end()
+        print({f"{name}, {what}": round(statistics.median(found), 1) for (name, what), found in times.items()})
+        for budget in BUDGETS:
+            kinds = [f"{budget.what} {context}" for context in contexts] if budget.what != "opening" else ["opening"]
+            for what in kinds if budget.bundle in names else []:
+                found = ratio(times, budget.bundle, budget.peers, what)
+                rows.append(f"| `{budget.bundle}` {what} | {found} | {budget.limit:.2f} |")
+        if options.long and not four and "cpu" in names:
+            grown = {
+                name: statistics.median(times[name, f"step {LONG}"]) / statistics.median(times[name, "step 128"])
+                for name in ("cpu", "llama.cpp f32")
+            }
+            print(f"step at {LONG} over 128: {grown}")
+    stored = {name: _bytes(Path(known[name][1])) for name in ("cpu-int4", "llama.cpp q4_0") if name in known}
+    print("bytes:", stored)
+    print("\n| | ms | fastest peer, ms | ratio (spread) | at most |\n|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+if __name__ == "__main__":
+    sys.exit(main())
