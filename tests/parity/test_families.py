@@ -1,5 +1,6 @@
 """A few classes for each kind of generation state, against `model.generate`; the whole sweep is `make coverage`."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from genbundle.builder import build_bundle
 from genbundle.bundles import InputError
 from genbundle.runtime.wiring import Wiring
 from tests.zoo import shrink
@@ -73,6 +75,20 @@ def test_the_same_sequences_as_eager(name, backend, loaded):
         expected = shrink.observed(model, inputs).sequences.numpy()
         arrays = {key: value.numpy() for key, value in inputs.items()}
         np.testing.assert_array_equal(bundle.generate(**arrays, max_new_tokens=12, do_sample=False).sequences, expected)
+
+
+def test_a_program_for_long_prompts_is_run_on_one(tmp_path):
+    model = shrink.make("Mamba2ForCausalLM")
+    config = copy.deepcopy(model.config)
+    config.chunk_size = 256  # the library's own
+    long = type(model)(config).eval()
+    long.load_state_dict(model.state_dict())
+    manifest = build_bundle(long, backend="torch", output=tmp_path / "b", progress=False).manifest
+    assert [(program.name, program.least) for program in manifest.programs][:2] == [
+        ("prompt", 257),
+        ("short_prompt", 1),
+    ]
+    assert max(check.prompt_length for check in manifest.verification.checks) == 260
 
 
 def test_prompts_of_one_chunk_go_another_way_than_longer_ones(loaded):

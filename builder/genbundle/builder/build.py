@@ -22,7 +22,7 @@ from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, 
 from genbundle.builder.precision import Precisions, parse_precision
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
-from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples
+from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
 from genbundle.builder.verify import new_tokens, record, taken_by, verify_staged
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
@@ -97,13 +97,14 @@ def build_bundle(
             with borrowed(loaded.model) as eager:
                 before = settings_of(eager)
                 limits = limits_of(eager, backend, max_length)
-                samples = make_samples(eager, given or from_processor(eager, loaded.processor), limits)
+                given = given or from_processor(eager, loaded.processor)
+                samples = make_samples(eager, given, limits)
                 export = partial(_export, loaded, samples, settings, precisions, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
-                held_out = samples.held_out if settings.verify else {}
+                held_out = samples.held_out | reaching(eager, given, samples, manifest, limits)
                 cases = [
                     record(eager, name, inputs, new_tokens(inputs, limits, lossy=precisions.lossy))
-                    for name, inputs in held_out.items()
+                    for name, inputs in (held_out.items() if settings.verify else ())
                     if taken_by(manifest, inputs)
                 ]
                 expect_unchanged(eager, before)

@@ -14,9 +14,12 @@ from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
 from genbundle.builder.limits import Limits
 from genbundle.builder.verify import NEW_TOKENS
 from genbundle.bundles import BuildError
+from genbundle.bundles.manifest import Manifest
+from genbundle.runtime.inputs import TEXT_INPUTS
 
 Inputs = dict[str, torch.Tensor]
 _PAST_WINDOW = 5  # how far a held-out prompt goes beyond a sliding window
+_PAST_LEAST = 3  # and beyond the fewest tokens that a program takes
 _LONG = 200  # tokens of the held-out prompt that is to show what a model does otherwise from some length on
 # The steps may be masked otherwise than the prompt.
 _FIRST_LOGITS: dict[str, Any] = {
@@ -192,6 +195,23 @@ def make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) ->
             "generated): raise max_length, or give shorter inputs"
         )
     return samples
+
+
+def reaching(
+    model: PreTrainedModel, given: list[Inputs], samples: Samples, manifest: Manifest, limits: Limits
+) -> dict[str, Inputs]:
+    """Prompts that are long enough for programs that take no shorter ones, where no held-out one is."""
+    if model.config.is_encoder_decoder:
+        return {}
+    maker, found = SampleMaker(model, given), {}
+    for route in manifest.flow.prompt:
+        needed = max(manifest.program(name).least for name in route.programs) + _PAST_LEAST
+        fitting = [item for item in samples.held_out.values() if item.keys() - set(TEXT_INPUTS) == set(route.needs)]
+        missing = needed - max((item["input_ids"].shape[1] for item in fitting), default=needed)
+        if missing > 0 and (limits.capacity is None or needed + NEW_TOKENS <= limits.capacity):
+            sample = max(fitting, key=lambda item: item["input_ids"].shape[1])
+            found[f"prompt of {needed} tokens"] = maker.longer(sample, missing) if given else maker.text(needed)
+    return found
 
 
 def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -> Samples:
