@@ -13,8 +13,9 @@ from tests.zoo import models
 
 from genbundle.builder import build as build_module
 from genbundle.builder import build_bundle
+from genbundle.builder import verify as verify_module
 from genbundle.builder.loading import borrowed
-from genbundle.bundles import BuildError, UnsupportedModelError, VerificationError
+from genbundle.bundles import BuildError, InputError, UnsupportedModelError, VerificationError
 
 
 class Mystery(hf.LlamaForCausalLM):
@@ -191,3 +192,13 @@ def test_a_model_that_changes_itself_is_refused_and_given_back_as_it_was(tmp_pat
     with pytest.raises(UnsupportedModelError, match="the model's code changes its 'way' for good"):
         build_bundle(model, backend="torch", output=tmp_path / "b", progress=False)
     assert model.way == "sparse" and list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_refuses_what_eager_takes_is_a_build_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise InputError("pixel_values: expected shape [32, 384], got [16, 384]")
+
+    monkeypatch.setattr(verify_module, "check_cases", refuse)
+    with pytest.raises(UnsupportedModelError, match="give inputs that differ in what shall be dynamic"):
+        build_bundle(tiny_llama(), backend="torch", output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.limits import Limits
-from genbundle.bundles import EngineError, UnsupportedModelError, VerificationError
+from genbundle.bundles import EngineError, InputError, UnsupportedModelError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
 from genbundle.bundles.manifest import Manifest
-from genbundle.bundles.report import QualityFloor, Verification
+from genbundle.bundles.report import Check, QualityFloor, Verification
 from genbundle.bundles.writer import BundleWriter
-from genbundle.runtime import load_bundle
+from genbundle.runtime import Model, load_bundle
 from genbundle.runtime.quality import expect_quality
 from genbundle.runtime.verify import check_cases
 
@@ -75,7 +75,7 @@ def verify_staged(
     try:
         with quiet():  # an engine logs what it fails at
             runtime = load_bundle(writer.stage(manifest), device=device)
-            checks = check_cases(runtime, cases, floor)
+            checks = _checked(runtime, cases, floor)
     except (VerificationError, EngineError) as error:
         # A tracer may fix a loop's length without a word: prompts then go through the step's program.
         simpler = without_optional_programs(manifest, error)
@@ -86,7 +86,7 @@ def verify_staged(
             (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
         manifest = simpler
         runtime = load_bundle(writer.stage(manifest), device=device)
-        checks = check_cases(runtime, cases, floor)
+        checks = _checked(runtime, cases, floor)
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in cases])
     pending = None
     if manifest.backend == "cuda":
@@ -107,6 +107,17 @@ def verify_staged(
         floor=floor,
     )
     return replace(manifest, verification=report, notes=notes)
+
+
+def _checked(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:
+    """`check_cases`; UnsupportedModelError for a case that the runtime refuses, though eager took it."""
+    try:
+        return check_cases(runtime, cases, floor)
+    except InputError as error:
+        # What the given samples have alike looked constant: as many patches in two pictures, for instance.
+        raise UnsupportedModelError(
+            f"the bundle would refuse what eager takes ({error}): give inputs that differ in what shall be dynamic"
+        ) from error
 
 
 def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:
