@@ -57,3 +57,26 @@ def test_below_the_floor(tmp_path):
     with pytest.raises(VerificationError, match=r"too far .* mean KL divergence .* the same first token in .*100\.0%"):
         built("llama_tied", "cpu", tmp_path / "b", precision="int4", quality_floor=1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("precision", "divergence", "share"), [("int8", 1e-3, 0.5), ("int4", 0.1, 0.35)])
+def test_a_tied_text_model_on_xnnpack(precision, divergence, share, bundle, tmp_path):
+    whole = bundle("llama_tied", "xnnpack")
+    small = built("llama_tied", "xnnpack", tmp_path / "b", precision=precision)
+    assert small.manifest.files["model.pte"].size < share * whole.manifest.files["model.pte"].size
+    assert small.manifest.model.weight_bytes < whole.manifest.model.weight_bytes * share
+    report = small.manifest.verification
+    assert report is not None and report.quality is not None
+    assert 0 < report.quality.kl_divergence < divergence and report.quality.agreement > 0.6
+    model = load_bundle(small.path)
+    assert model.generate(input_ids=models.text_ids(7).numpy(), max_new_tokens=5).sequences.shape == (1, 12)
+    with pytest.raises(InputError, match="this bundle knows those below 200"):
+        model.generate(input_ids=np.array([[5, 200]]), max_new_tokens=2)
+
+
+def test_an_image_text_model_on_xnnpack(tmp_path):
+    made = built("llava", "xnnpack", tmp_path / "b", precision="int4")
+    found = {program.name: program.precision for program in made.manifest.programs}
+    assert found.pop("image_encoder") == "fp32" and set(found.values()) == {"int4"}
+    report = made.manifest.verification
+    assert report is not None and report.quality is not None and report.quality.kl_divergence < 0.2

@@ -82,7 +82,7 @@ def _executorch(
     assert capacity is not None  # limits_of
     try:
         with dense_experts(model):
-            return _stateful(model, captures, capacity, folder, announce)
+            return _stateful(model, captures, capacity, folder, announce, precisions)
     except UnsupportedModelError as error:
         refusal = error
     except MODEL_ERRORS as error:
@@ -112,7 +112,7 @@ def _state_outside(
     try:
         with dense_experts(model):
             components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
-            exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce)
+            exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce, precisions)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
@@ -133,8 +133,9 @@ def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Captur
 
 
 def _stateful(
-    model: PreTrainedModel, captures: list[Capture], capacity: int, folder: Path, announce: Callable[[str], None]
-) -> Exported:
+    model: PreTrainedModel, captures: list[Capture], capacity: int, folder: Path, announce: Callable[[str], None],
+    precisions: Precisions,
+) -> Exported:  # fmt: skip
     """One .pte that keeps its state inside."""
     from genbundle.builder.formats.executorch import PROGRAM_FILE, export_executorch
 
@@ -151,6 +152,7 @@ def _stateful(
         captures=captures,
         positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
         path=folder / PROGRAM_FILE,
+        precision=precisions.language_model,
     )
 
 

@@ -7,11 +7,12 @@ from genbundle.builder.components import Component
 from genbundle.bundles import BuildError
 from genbundle.bundles.manifest import Role
 from genbundle.bundles.report import QualityFloor
+from genbundle.runtime.inspection import megabytes
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("fp32", "int8", "int4"),
     "cuda": ("fp32",),
-    "xnnpack": ("fp32",),
+    "xnnpack": ("fp32", "int8", "int4"),
     "torch": ("fp32",),
 }
 LANGUAGE_MODEL, ENCODER = "language_model", "encoder"
@@ -78,6 +79,8 @@ def parse_precision(given: str | Mapping[str, str], backend: str) -> Precisions:
             raise BuildError(
                 f"precision {name!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}"
             )
+        if backend == "xnnpack" and part != LANGUAGE_MODEL and name != "fp32":
+            raise BuildError(f"precision {name!r} of {part!r}: on 'xnnpack' encoders are fp32, and nothing else")
     return Precisions(language_model=named.pop(LANGUAGE_MODEL, "fp32"), encoders=named)
 
 
@@ -88,6 +91,17 @@ def part_of(component: Component) -> str:
     if not only_encodes(component.roles) or (component.modality is None and reads_text):
         return LANGUAGE_MODEL
     return f"{component.modality}_encoder" if component.modality is not None else ENCODER
+
+
+def kept_note(kept: Mapping[str, int]) -> tuple[str, ...]:
+    """What a user should know of weights that a lossy precision left as they are: names with their bytes."""
+    if not kept:
+        return ()
+    some = ", ".join(sorted(kept)[:3])
+    return (
+        f"{len(kept)} weights of {megabytes(sum(kept.values()))} stay at fp32, since no product or look-up takes them "
+        f"rounded: {some}{' ...' if len(kept) > 3 else ''}",
+    )
 
 
 def only_encodes(roles: Iterable[Role]) -> bool:

@@ -6,7 +6,7 @@ express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder`, `to
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from genbundle.builder.formats import Exported
 from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
-from genbundle.builder.stateful import DecoderCall, StatefulDecoder, head_of
+from genbundle.builder.precision import BITS, kept_note, only_encodes
+from genbundle.builder.rounding import Rounding, rounded
+from genbundle.builder.stateful import DecoderCall, StatefulDecoder, decoder_of, head_of
 from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
 from genbundle.builder.stateful_merge import (
     Scatter,
@@ -57,6 +59,7 @@ def export_executorch(
     captures: Sequence[Capture] = (),
     positions: Source | None = None,
     path: Path,
+    precision: str = "fp32",
 ) -> Exported:
     """Write `model` as one .pte to `path` and say what is in it.
 
@@ -67,6 +70,7 @@ def export_executorch(
         captures: generations of the model, with pictures for an image-text model.
         positions: the source of explicit position ids (M-RoPE), where the model's decoder takes them.
         path: the file to write.
+        precision: of the language model, its token embedding and its head.
 
     Raises:
         UnsupportedModelError: the model's state, attention or merge can't be expressed; names component and cause.
@@ -77,8 +81,39 @@ def export_executorch(
             exported, methods = _image_text(model, max_length, list(captures), positions)
         else:
             exported, methods = _text(model, max_length)
-        lower(methods, runner_constants(max_length, eos_token_ids), path)
-    return exported
+        table = cast(torch.nn.Embedding, model.get_input_embeddings())
+        language_model = [*decoder_of(model).modules(), head_of(model), table]
+        rows = len(table.weight)
+        with rounded(language_model, precision, vocabulary=rows, activations=True) as found:
+            lower(methods, runner_constants(max_length, eos_token_ids), path)
+    exported = replace(exported, notes=_notes(model, precision))
+    if precision == "fp32":
+        return exported
+    return replace(
+        exported,
+        programs=tuple(at_precision(program, precision, found) for program in exported.programs),
+        weight_bytes=unique_bytes(model) - found.less,
+        notes=(*exported.notes, *kept_note(found.kept)),
+    )
+
+
+def at_precision(program: Program, precision: str, found: Rounding) -> Program:
+    """The manifest's entry of a rounded program of the language model; an encoder's as it is."""
+    if only_encodes(program.roles):
+        return program
+    inputs = tuple(
+        replace(item, source=replace(item.source, options={**item.source.options, "below": found.rows}))
+        if item.source.kind == "tokens" and found.rows is not None
+        else item
+        for item in program.inputs
+    )
+    # The merge takes placeholders that lie beyond the table.
+    return replace(program, precision=precision, inputs=program.inputs if program.name == "merge" else inputs)
+
+
+def unique_bytes(model: torch.nn.Module) -> int:
+    """The bytes of a model's weights, each once."""
+    return sum(weight.nbytes for weight in model.parameters())
 
 
 def runner_constants(max_length: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -126,7 +161,7 @@ def _text(model: PreTrainedModel, max_length: int) -> tuple[Exported, dict[str, 
     roles: tuple[Role, ...] = ("merge", "language_model", "lm_head", "decode")
     program = _program("decode", "forward", roles, (_TOKENS, _START), (_logits(decoder),))
     flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), batch=1, continues=True, capacity=max_length)
-    return Exported(programs=(program,), flow=flow, notes=_notes(model)), {"forward": forward}
+    return Exported(programs=(program,), flow=flow), {"forward": forward}
 
 
 def _image_text(
@@ -176,7 +211,7 @@ def _image_text(
     read = {*encoder.needs, *(POSITION_INPUTS.get(positions.rule or "", ()) if positions is not None else ())}
     fixed = fixed_inputs(captures, {"input_ids", "attention_mask", *read})
     programs, flow = _image_text_programs(decoder, encoder, positions, width, text, fixed)
-    return Exported(programs=programs, flow=flow, notes=_notes(model)), methods
+    return Exported(programs=programs, flow=flow), methods
 
 
 def _image_text_programs(
@@ -258,11 +293,11 @@ def _program(
     return Program(name=name, method=method, file=PROGRAM_FILE, roles=roles, inputs=inputs, outputs=outputs)
 
 
-def _notes(model: PreTrainedModel) -> tuple[str, ...]:
+def _notes(model: PreTrainedModel, precision: str) -> tuple[str, ...]:
     """What a user should know of the file."""
     weight = head_of(model).weight
     if weight is cast(torch.nn.Embedding, model.get_input_embeddings()).weight:
-        size = weight.numel() * weight.element_size()
+        size = weight.numel() * BITS.get(precision, 8 * weight.element_size()) // 8
         return (f"the tied embedding stands twice ({size} bytes): as a table, and packed for the head by XNNPACK",)
     return ()
 

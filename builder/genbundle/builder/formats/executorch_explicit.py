@@ -17,9 +17,12 @@ import torch
 from genbundle.builder.components import Component
 from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.formats import Exported, Progress, lower_each
+from genbundle.builder.formats.executorch import at_precision
 from genbundle.builder.formats.torch_export import describe_program
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.equal_ranks import give_equal_ranks
+from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, kept_note, part_of
+from genbundle.builder.rounding import Rounding, language_model_of, rounded
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import State
 
@@ -28,10 +31,16 @@ _LONGER = 4
 _LENGTHS = frozenset({"batch", "sequence", "past", "total"})
 
 
-def export_explicit(components: Iterable[Component], capacity: int, path: Path, progress: Progress) -> Exported:
+def export_explicit(
+    components: Iterable[Component],
+    capacity: int,
+    path: Path,
+    progress: Progress,
+    precisions: Precisions | None = None,
+) -> Exported:
     """Write `components` as the methods of one .pte to `path`.
 
-    capacity: the most tokens (prompt and generated).
+    capacity: the most tokens (prompt and generated). precisions: float32 by default.
 
     Raises UnsupportedModelError, naming the component, for one that torch.export or ExecuTorch can't take, and
     MissingExtraError without ExecuTorch.
@@ -43,18 +52,30 @@ def export_explicit(components: Iterable[Component], capacity: int, path: Path, 
     rows = [one_sequence(component) for component in components]
     most = largest_sizes(rows, capacity)
     notes: list[str] = []
-    lowered = list(lower_each(rows, lambda item: _export(item, capacity, most), progress, notes))
+    precision = (precisions or Precisions()).language_model
+    found: dict[str, Rounding] = {}
+
+    def export(component: Component) -> Any:
+        modules, rows = language_model_of(component)
+        with rounded(modules, precision, vocabulary=rows, activations=True) as found[component.name]:
+            return _export(component, capacity, most)
+
+    lowered = list(lower_each(rows, export, progress, notes))
     progress("lower to ExecuTorch")
     lower = partial(lower_programs, constants={}, path=path, partitioner=ProductPartitioner)
     with quiet():
         lowered = _lower(lowered, lower, notes)
     states: dict[str, State] = {}
-    programs = []
+    programs, kept = [], {}
     for component, exported in lowered:
         entry = describe_program(component, states, file=path.name, method=component.name)
         order = {name: place for place, name in enumerate(exported.graph_signature.user_inputs)}
         inputs = sorted(entry.inputs, key=lambda item: order.get(item.name, len(order)))
-        programs.append(replace(entry, inputs=tuple(inputs)))
+        entry = replace(entry, inputs=tuple(inputs))
+        rounding = found[component.name]
+        programs.append(at_precision(entry, precision, rounding) if part_of(component) == LANGUAGE_MODEL else entry)
+        kept |= rounding.kept
+    notes.extend(kept_note(kept))
     return Exported(programs=tuple(programs), state=tuple(states.values()), notes=tuple(notes))
 
 

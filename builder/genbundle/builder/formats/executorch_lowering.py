@@ -35,6 +35,7 @@ from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
+from executorch.kernels import quantized  # noqa: F401  registers the kernels of rounded tables
 from executorch.runtime import Runtime
 from torch._subclasses.fake_impls import op_implementations_dict
 
@@ -147,6 +148,8 @@ def lower_programs(
     configs = [_OWN_CONFIGS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
     for program in programs.values():
         pair_complex_numbers(program)
+    any_rounded = any(_is_rounded(program) for program in programs.values())
+    programs = {name: _unwrapped(program) if _is_rounded(program) else program for name, program in programs.items()}
     programs = {name: replace_missing_kernels(program) for name, program in programs.items()}
     for program in programs.values():
         multiply_by_computed_weights(program)
@@ -164,6 +167,8 @@ def lower_programs(
                     # Inputs are used where they are; a dynamic axis needs the constraint-based evaluation.
                     memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
                     sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                    # Tables of rounded weights become ExecuTorch's own operators for them.
+                    do_quant_fusion_and_const_prop=any_rounded,
                 )
             )
     except Exception as error:
@@ -177,6 +182,21 @@ def lower_programs(
     with path.open("wb") as file:
         program.write_to_file(file)
     _release(edge)
+
+
+def _is_rounded(program: torch.export.ExportedProgram) -> bool:
+    """Whether weights of the program are torchao's tensors."""
+    return any(str(node.target).startswith("torchao.") for node in program.graph.nodes)
+
+
+def _unwrapped(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """`program` with the parts of rounded weights as weights of its own, as XNNPACK reads them, and with look-ups as
+    ExecuTorch's operators for rounded tables have them, which know no padding (it only concerns gradients)."""
+    program = program.run_decompositions({})
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            node.args, node.kwargs = node.args[:2], {}
+    return program
 
 
 def _expect_kernels(program: ExecutorchProgramManager) -> None:

@@ -9,10 +9,9 @@ import onnx_ir as ir
 from genbundle.builder.components import Component
 from genbundle.builder.formats import Progress
 from genbundle.builder.passes.weight_only import quantize_weights
-from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, part_of
+from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, kept_note, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES
 from genbundle.bundles.manifest import Input, Program
-from genbundle.runtime.inspection import megabytes
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 
@@ -69,11 +68,7 @@ def round_programs(
             done = quantize_weights(model, bits, tokens=tokens)
         rows[component.name] = done.rows
         kept |= done.kept
-    if kept:
-        notes.append(
-            f"{len(kept)} weights of {megabytes(sum(kept.values()))} stay at fp32, since they aren't products of one "
-            f"matrix: {', '.join(sorted(kept)[:3])}{' ...' if len(kept) > 3 else ''}"
-        )
+    notes.extend(kept_note(kept))
     return RoundedPrograms(precisions=used, rows=rows)
 
 

@@ -16,6 +16,12 @@ def multiply_by_computed_weights(program: torch.export.ExportedProgram) -> bool:
         *signature.inputs_to_buffers,
         *signature.inputs_to_lifted_tensor_constants,
     }
+    # A rounded weight is its blocks with their scales, which XNNPACK reads where they stand.
+    stored |= {
+        node.name
+        for node in graph.nodes
+        if str(node.target) == "torchao.dequantize_affine.default" and node.args[0].name in stored
+    }
     found = [
         node
         for node in graph.nodes
