@@ -234,7 +234,7 @@ def steering(component: Component) -> bool:
     try:
         with torch.no_grad():
             return not same_tensors(component.module(**wrong), component.module(**component.sample))
-    except (RuntimeError, ValueError, IndexError):
+    except MODEL_ERRORS:
         return True
 
 

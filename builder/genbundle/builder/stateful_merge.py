@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.plan import Capture
 from genbundle.builder.stateful import DecoderCall, decoder_of
 from genbundle.builder.stateful_attention import stateful_attention
@@ -66,7 +67,7 @@ def watch_prompt(model: PreTrainedModel, inputs: Inputs) -> Seen:
             cast(Any, model).generate(**dict(inputs), max_new_tokens=1, do_sample=False, num_beams=1)
     except _PromptDone:
         return seen
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except MODEL_ERRORS as error:
         raise UnsupportedModelError(f"{type(model).__name__}.generate refuses {sorted(inputs)}: {error}") from error
     finally:
         for hook in hooks:

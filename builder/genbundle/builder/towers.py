@@ -16,7 +16,7 @@ from torch.nn.modules import module as hooks
 
 from genbundle.builder.components import Component, name_axes, needed_inputs, same_tensors
 from genbundle.builder.cut import output_tensors
-from genbundle.builder.exporting import prepare_inputs
+from genbundle.builder.exporting import MODEL_ERRORS, prepare_inputs
 from genbundle.builder.feeds import (
     PAIRED,
     Feed,
@@ -257,7 +257,7 @@ def _probes(module: torch.nn.Module, stage: Stage, given: Tensors) -> list[tuple
                 numbers[argument] = (feed.name, torch.tensor(rows, dtype=value.dtype))
                 try:
                     made = prepare_inputs(module, {other: number for other, (_, number) in numbers.items()})
-                except (RuntimeError, ValueError, TypeError):
+                except MODEL_ERRORS:
                     continue  # it takes no clips, or no sizes of that kind
                 rest = {key: item for key, item in _tensors(made).items() if key not in numbers}
                 found.append((dict(numbers.values()), rest))
