@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genbundle.builder.exporting import to_exported_program
+from genbundle.builder.exporting import _without_moves, to_exported_program
 from genbundle.builder.guards import HoldsFrom
 from genbundle.bundles import UnsupportedModelError
 
@@ -143,3 +143,11 @@ def test_patches_are_so_many_times_the_blocks_where_memory_is_planned():
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     rows = output.args[0][0].meta["val"].shape[0].node
     assert rows.shape_env.bound_sympy(rows.expr).upper == 80
+
+
+def test_modules_whose_buffers_have_another_type_are_moved():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    with _without_moves():
+        assert module.to(torch.float32) is module
+        module[1].running_mean.data = torch.zeros(2, dtype=torch.float64)
+        assert module.to(torch.float32)[1].running_mean.dtype == torch.float32

@@ -208,7 +208,8 @@ def _without_moves() -> Iterator[None]:
 
     def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        there = all(item.dtype == (dtype or item.dtype) for item in module.parameters() if item.is_floating_point())
+        kept = (item for item in (*module.parameters(), *module.buffers()) if item.is_floating_point())
+        there = all(item.dtype == (dtype or item.dtype) for item in kept)
         return module if there and device is None else original(module, *args, **kwargs)
 
     with attribute(torch.nn.Module, "to", to):
