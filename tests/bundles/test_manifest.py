@@ -156,6 +156,8 @@ def change(path, value):
         ),
         (("images", "placeholder"), "", "Expected a text that isn't empty - at `$.images.placeholder`"),
         (("flow", "batch"), 0, "Expected at least 1, got 0 - at `$.flow.batch`"),
+        (("programs", 0, "least"), 0, "Expected at least 1, got 0 - at `$.programs[0].least`"),
+        (("programs", 0, "least"), -5, "Expected at least 1, got -5 - at `$.programs[0].least`"),
         (("flow", "capacity"), -1, "Expected at least 1, got -1 - at `$.flow.capacity`"),
         (
             ("programs", 0, "inputs", 2, "source"),

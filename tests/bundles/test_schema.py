@@ -8,6 +8,7 @@ import pytest
 
 from genbundle.bundles import Manifest
 from genbundle.bundles.codec import json_schema
+from tests.bundles.samples import manifest
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
 
@@ -36,6 +37,15 @@ def test_what_the_reader_refuses_the_schema_refuses_too():
     validator = jsonschema.Draft202012Validator(json.loads(schema_text()))
     assert not validator.is_valid({"format": "genbundle", "version": 1})
     assert not validator.is_valid([])
+    sample = json.loads(manifest().to_json())
+    assert validator.is_valid(sample)
+    for path, value in ((("programs", 0, "least"), 0), (("programs", 0, "least"), -5), (("flow", "batch"), 0)):
+        wrong = json.loads(manifest().to_json())
+        part = wrong
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+        assert not validator.is_valid(wrong)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ def _decode_object(cls: type, value: Any, path: str) -> Any:
         if key not in hints:
             raise BundleError(f"Unknown field `{key}` - at `{path}`")
         found[key] = _decode(hints[key], item, f"{path}.{key}")
+        least = cls.__dataclass_fields__[key].metadata.get("minimum")
+        if least is not None and found[key] is not None and found[key] < least:
+            raise BundleError(f"Expected at least {least}, got {item} - at `{path}.{key}`")
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in found:
@@ -145,7 +148,10 @@ def _object_schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         definitions[cls.__name__] = {
             "type": "object",
             "description": (cls.__doc__ or "").split("\n")[0],
-            "properties": {name: _schema(hint, definitions) for name, hint in _hints(cls).items()},
+            "properties": {
+                field.name: {**_schema(_hints(cls)[field.name], definitions), **field.metadata}
+                for field in dataclasses.fields(cls)
+            },
             "required": required,
             "additionalProperties": False,
         }

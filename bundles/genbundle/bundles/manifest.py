@@ -16,6 +16,7 @@ from genbundle.bundles.report import Verification
 
 FORMAT = "genbundle"
 _MOST_ELEMENTS = 2**31
+_FROM_1 = {"minimum": 1}
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -78,7 +79,7 @@ class Program:
     outputs: tuple[Output, ...]
     modality: str | None = None
     placeholder_id: int | None = None
-    least: int = 1
+    least: int = field(default=1, metadata=_FROM_1)
     method: str | None = None
     precision: str = "fp32"
 
@@ -120,10 +121,10 @@ class Flow:
 
     prompt: tuple[Route, ...]
     step: tuple[str, ...]
-    batch: int | None = None
+    batch: int | None = field(default=None, metadata=_FROM_1)
     continues: bool = False
-    capacity: int | None = None
-    restart: int | None = None
+    capacity: int | None = field(default=None, metadata=_FROM_1)
+    restart: int | None = field(default=None, metadata=_FROM_1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,10 +317,6 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"Expected a dtype name, got {state.dtype!r} - at `$.state[{index}].dtype`")
     if manifest.images is not None and manifest.images.placeholder == "":
         raise BundleError("Expected a text that isn't empty - at `$.images.placeholder`")
-    for name in ("batch", "capacity", "restart"):
-        value = getattr(manifest.flow, name)
-        if value is not None and value < 1:
-            raise BundleError(f"Expected at least 1, got {value} - at `$.flow.{name}`")
     routes = [(f"$.flow.prompt[{i}].programs", route.programs) for i, route in enumerate(manifest.flow.prompt)]
     for path, used in [*routes, ("$.flow.step", manifest.flow.step)]:
         if not used:
