@@ -66,9 +66,10 @@ class Wiring:
         """
         route = self._route(inputs)
         if route.one_by_one and len(route.programs) == 1:
-            ids = inputs["input_ids"]
-            first = {name: inputs[name][:, :1] for name in ("input_ids", "attention_mask")}
-            logits, sequences = self._begin(first, route)
+            ids = token_ids(inputs)
+            names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
+            first = {name: inputs[name][:, :1] for name in names}
+            logits, sequences = self._begin({**inputs, **first}, route)
             for place in range(1, ids.shape[1]):
                 logits = self.step(ids[:, place : place + 1].astype(np.int64), sequences)
             return logits, sequences
@@ -80,7 +81,7 @@ class Wiring:
         if most is not None and len(token_ids(inputs)) > most:
             return False
         route = self._route(inputs)
-        return not route.one_by_one or route.padded or bool(inputs["attention_mask"].all())
+        return not route.one_by_one or route.padded or bool(token_mask(inputs).all())
 
     def takes_padding(self, inputs: dict[str, np.ndarray]) -> bool:
         """Whether the programs take sequences with padding: what eager gives may depend on it."""
@@ -286,6 +287,11 @@ class _Call:
         if self.place is None or item.source.kind == "state":
             return value
         array = self.wiring.backend.to_numpy(value)
+        if array.ndim < len(item.shape):
+            raise BundleError(
+                f"{program!r}'s input {item.name!r} has {len(item.shape)} axes in the manifest, what feeds it has "
+                f"{array.ndim}"
+            )
         for axis, size in enumerate(item.shape):
             if array.shape[axis] == self.tokens.shape[1] and size in (1, "total"):
                 places = slice(self.place if size == 1 else 0, self.place + 1)

@@ -1,0 +1,63 @@
+"""Prompts that go through a program token by token, with programs that compute nothing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.bundles.samples import manifest
+
+from genbundle.bundles import BundleError
+from genbundle.bundles.manifest import Flow, Input, Output, Program, Route, Source
+from genbundle.runtime.wiring import Wiring
+
+IDS = np.arange(5)[None]
+TEXT = {"input_ids": IDS, "attention_mask": IDS * 0 + 1}
+
+
+class Backend:
+    """Keeps what each program is called with."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.converted = 0
+
+    def program(self, name: str) -> Any:
+        def run(feeds: dict[str, Any]) -> dict[str, Any]:
+            self.calls.append((name, feeds))
+            return {"logits": np.zeros((1, 1, 4), np.float32), "features": np.zeros((1, 5, 3), np.float32)}
+
+        return run
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        self.converted += tensor.shape == (1, 5, 3)
+        return np.asarray(tensor)
+
+
+def program(name: str, shape: tuple, *more: Input) -> Program:
+    ids = Input(name="input_ids", dtype="int64", shape=shape, source=Source(kind="tokens"))
+    outputs = tuple(Output(name=key, dtype="float32", shape=("batch", 1, 4)) for key in ("logits", "features"))
+    return Program(name=name, file="decode.onnx", roles=("decode",), inputs=(ids, *more), outputs=outputs)
+
+
+def wiring(route: tuple[str, ...], *programs: Program) -> tuple[Wiring, Backend]:
+    backend = Backend()
+    flow = Flow(prompt=(Route(programs=route, one_by_one=True),), step=("step",))
+    made = manifest(flow=flow, programs=(*programs, program("step", ("batch", 1))), state=())
+    return Wiring(made, backend), backend
+
+
+@pytest.mark.parametrize("shape", [("batch", 1, 1), ("batch", "total", 1, 1)])
+def test_more_axes_than_what_feeds_them_has(shape):
+    flow, _ = wiring(("first", "token"), program("first", ("batch", "sequence")), program("token", shape))
+    with pytest.raises(BundleError, match=rf"'token'.s input 'input_ids' has {len(shape)} axes in the manifest.*has 2"):
+        flow.prompt(TEXT)
+
+
+def test_a_decoders_tokens_one_by_one():
+    flow, backend = wiring(("step",))
+    inputs = {"decoder_input_ids": IDS}
+    assert flow.together(inputs)
+    flow.prompt(inputs)
+    assert [feeds["input_ids"].tolist() for _, feeds in backend.calls] == [[[place]] for place in range(5)]
