@@ -8,6 +8,7 @@ from tests.bundles.samples import manifest
 
 from genbundle.bundles import BundleError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Route, Source
+from genbundle.runtime.backends.onnxruntime import _repeated
 from genbundle.runtime.wiring import Wiring
 
 IDS = np.arange(5)[None]
@@ -61,3 +62,20 @@ def test_a_decoders_tokens_one_by_one():
     assert flow.together(inputs)
     flow.prompt(inputs)
     assert [feeds["input_ids"].tolist() for _, feeds in backend.calls] == [[[place]] for place in range(5)]
+
+
+def test_features_are_converted_once_for_all_tokens():
+    features = Input(
+        name="features", dtype="float32", shape=("batch", 1, 3), source=Source(kind="output", name="features")
+    )
+    flow, backend = wiring(
+        ("first", "token"), program("first", ("batch", "sequence")), program("token", ("batch", 1), features)
+    )
+    flow.prompt(TEXT)
+    assert [feeds["features"].shape for name, feeds in backend.calls if name == "token"] == [(1, 1, 3)] * 5
+    assert backend.converted == 1
+
+
+def test_programs_for_each_token_have_their_weights_repacked():
+    routes = (Route(programs=("encode", "prompt")), Route(programs=("encode", "token"), one_by_one=True))
+    assert _repeated(Flow(prompt=routes, step=("step",))) == {"step", "token"}

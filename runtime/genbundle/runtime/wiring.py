@@ -247,6 +247,7 @@ class _Call:
         self.wiring, self.inputs, self.sequences, self.tokens, self.first = wiring, inputs, sequences, tokens, first
         self.place: int | None = None  # of the one token that goes through the programs now; None for all of them
         self.values: dict[str, Tensor] = {}
+        self.wholes: dict[str, np.ndarray] = {}  # what a program for one token takes its places from, by input
         self.positions: dict[str, np.ndarray] = {}
         self.prepared: dict[str, dict[str, np.ndarray]] = {}
 
@@ -283,10 +284,11 @@ class _Call:
 
         That is its place along axes of one that are as long as the prompt, and all until there along those that grow.
         """
-        value = self.value(item, program)
         if self.place is None or item.source.kind == "state":
-            return value
-        array = self.wiring.backend.to_numpy(value)
+            return self.value(item, program)
+        if item.name not in self.wholes:
+            self.wholes[item.name] = self.wiring.backend.to_numpy(self.value(item, program))
+        array = self.wholes[item.name]
         if array.ndim < len(item.shape):
             raise BundleError(
                 f"{program!r}'s input {item.name!r} has {len(item.shape)} axes in the manifest, what feeds it has "

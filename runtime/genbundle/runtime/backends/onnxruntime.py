@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
+from genbundle.bundles.manifest import Flow
 from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.program import Tensor
 
@@ -58,11 +59,8 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        if (
-            "language_model" in entry.roles
-            and name not in self._bundle.manifest.flow.step
-            and entry.precision == "fp32"
-        ):
+        once = name not in _repeated(self._bundle.manifest.flow)
+        if once and "language_model" in entry.roles and entry.precision == "fp32":
             # A repacked copy of every weight for one pass per prompt: the mapped ones serve it as fast. Those in blocks
             # of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -93,6 +91,11 @@ class OnnxRuntimeBackend:
         for name in sorted(named):
             if str(PurePosixPath(program).parent / name) not in self._bundle.manifest.files:
                 raise BundleError(f"{file}: reads the file {name!r}, which the manifest doesn't list")
+
+
+def _repeated(flow: Flow) -> set[str]:
+    """The programs that run for each token."""
+    return {*flow.step, *(route.programs[-1] for route in flow.prompt if route.one_by_one)}
 
 
 class OnnxProgram:
