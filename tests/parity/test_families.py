@@ -64,6 +64,7 @@ CASES = [
     # Cross-attention to a picture beside the tokens' own.
     ("IdeficsForVisionText2Text", "torch"),
     ("MllamaForConditionalGeneration", "torch"),
+    ("MllamaForCausalLM", "torch"),  # and none where there is no picture
 ]
 pytestmark = pytest.mark.slow
 

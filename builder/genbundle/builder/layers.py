@@ -36,7 +36,8 @@ class Layer:
     of the keys by which sparse attention picks tokens, one for every token; positions: how many numbers each token's
     position has that it keeps beside them, None where it keeps none. states: tensors of a fixed size, by kind and
     number (`conv_0`, `recurrent_0`), with their shapes behind the batch; integers: those that hold token ids. numbers:
-    how many of each the layer has room for.
+    how many of each the layer has room for. unwritten: it could keep something and was never given any (a
+    cross-attention without a picture), which models ask for.
     """
 
     attention: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -45,6 +46,7 @@ class Layer:
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
     integers: frozenset[str] = frozenset()
     numbers: int = 0
+    unwritten: bool = False
 
     @property
     def plain(self) -> bool:
@@ -109,6 +111,7 @@ def _describe(layer: Any, name: str) -> Layer:
         states=states,
         integers=frozenset(integers),
         numbers=getattr(layer, "number_of_states", 0),
+        unwritten=attention is None and not states,
     )
 
 
@@ -200,7 +203,7 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
     like: any floating-point tensor `[batch, ...]` to make the empty ones like.
     """
     if layer.attention is None and not layer.states:
-        return DummyLayer()
+        return DynamicLayer() if layer.unwritten else DummyLayer()
     if layer.attention is None:
         return LinearState(layer, given)
     if given is None:
