@@ -91,19 +91,23 @@ def export_executorch(
         return exported
     return replace(
         exported,
-        programs=tuple(at_precision(program, precision, found) for program in exported.programs),
+        programs=tuple(
+            program if only_encodes(program.roles) else at_precision(program, precision, found)
+            for program in exported.programs
+        ),
         weight_bytes=unique_bytes(model) - found.less,
         notes=(*exported.notes, *kept_note(found.kept)),
     )
 
 
 def at_precision(program: Program, precision: str, found: Rounding) -> Program:
-    """The manifest's entry of a rounded program of the language model; an encoder's as it is."""
-    if only_encodes(program.roles):
-        return program
+    """The manifest's entry of a program whose weights are rounded, with the tokens that it knows.
+
+    ExecuTorch would end the process for any others.
+    """
     inputs = tuple(
         replace(item, source=replace(item.source, options={**item.source.options, "below": found.rows}))
-        if item.source.kind == "tokens" and found.rows is not None
+        if found.rows is not None and (item.source.kind == "tokens" or item.source.name == "input_ids")
         else item
         for item in program.inputs
     )

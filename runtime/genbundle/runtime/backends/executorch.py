@@ -31,6 +31,10 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
             import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
             from executorch.extension.pybindings import _portable_lib
             from executorch.runtime import Runtime
+
+            if any(program.precision != "fp32" for program in bundle.manifest.programs):
+                # Registers the operators for tables of rounded weights.
+                from executorch.kernels import quantized  # noqa: F401
     except ImportError:
         raise _missing() from None
     _set_threads(_portable_lib, threads)
