@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from genbundle.builder import build_bundle
-from genbundle.bundles import InputError, VerificationError
+from genbundle.bundles import BuildError, InputError, VerificationError
 from genbundle.runtime import load_bundle
 from genbundle.runtime.cli import invoke
 from genbundle.runtime.inspection import as_text
@@ -72,6 +72,24 @@ def test_a_tied_text_model_on_xnnpack(precision, divergence, share, bundle, tmp_
     assert model.generate(input_ids=models.text_ids(7).numpy(), max_new_tokens=5).sequences.shape == (1, 12)
     with pytest.raises(InputError, match="this bundle knows those below 200"):
         model.generate(input_ids=np.array([[5, 200]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3_text"])
+def test_text_models_on_torch(name, bundle, tmp_path):
+    """Gemma's embedding is a kind of its own, which scales what it looks up."""
+    whole, small = bundle(name, "torch"), built(name, "torch", tmp_path / "b", precision="int8")
+    assert small.manifest.model.weight_bytes < 0.3 * whole.manifest.model.weight_bytes
+    assert (small.manifest.precision, small.manifest.program("decode").precision) == ("int8", "int8")
+    report = small.manifest.verification
+    assert report is not None and report.quality is not None
+    assert 0 < report.quality.kl_divergence < 0.05 and report.quality.agreement > 0.8
+
+
+def test_what_a_backend_lacks(tmp_path):
+    with pytest.raises(BuildError, match="precision 'int4' isn't available on 'torch': it can fp32, int8"):
+        built("llama", "torch", tmp_path / "b", precision="int4")
+    with pytest.raises(BuildError, match="'int8' of 'encoder': on 'xnnpack' encoders are fp32, and nothing else"):
+        built("llava", "xnnpack", tmp_path / "b", precision={"encoder": "int8"})
 
 
 def test_an_image_text_model_on_xnnpack(tmp_path):

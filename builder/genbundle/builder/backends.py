@@ -56,7 +56,7 @@ def _explicit(
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 
-        exported = export_torch(components, folder, announce)
+        exported = export_torch(components, folder, announce, precisions)
     else:
         exported = export_onnx(components, folder, format_name, announce, precisions)
     return _with_flow(exported, flow, notes)

@@ -13,7 +13,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("fp32", "int8", "int4"),
     "cuda": ("fp32",),
     "xnnpack": ("fp32", "int8", "int4"),
-    "torch": ("fp32",),
+    "torch": ("fp32", "int8"),
 }
 LANGUAGE_MODEL, ENCODER = "language_model", "encoder"
 PARTS = (LANGUAGE_MODEL, ENCODER, "image_encoder", "audio_encoder", "video_encoder")
@@ -79,8 +79,8 @@ def parse_precision(given: str | Mapping[str, str], backend: str) -> Precisions:
             raise BuildError(
                 f"precision {name!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}"
             )
-        if backend == "xnnpack" and part != LANGUAGE_MODEL and name != "fp32":
-            raise BuildError(f"precision {name!r} of {part!r}: on 'xnnpack' encoders are fp32, and nothing else")
+        if backend in ("xnnpack", "torch") and part != LANGUAGE_MODEL and name != "fp32":
+            raise BuildError(f"precision {name!r} of {part!r}: on {backend!r} encoders are fp32, and nothing else")
     return Precisions(language_model=named.pop(LANGUAGE_MODEL, "fp32"), encoders=named)
 
 

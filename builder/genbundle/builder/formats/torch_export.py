@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
+from genbundle.builder.packed_weights import packed
 from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.passes.grouped_products import use_own_grouped_product
+from genbundle.builder.precision import Precisions, kept_note, part_of
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles.manifest import Output, Program, State
 
@@ -22,20 +25,35 @@ from genbundle.bundles.manifest import Output, Program, State
 _TRACE_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
-def export_torch(components: Iterable[Component], folder: Path, progress: Progress) -> Exported:
+def export_torch(components: Iterable[Component], folder: Path, progress: Progress, precisions: Precisions) -> Exported:
     """Write one .pt2 per component below `folder`, which weight it reads where, and the weights, each once."""
     pool, programs, states, reads = WeightPool(), [], {}, {}
     notes: list[str] = []
-    for component, exported in lower_each(components, _lower, progress, notes):
-        programs.append(describe_program(component, states, file=f"{component.name}.pt2"))
+    precision, kept = precisions.language_model, {}
+
+    def lower(component: Component) -> Any:
+        with packed(component, precision) as found:
+            exported = _lower(component)
+        kept.update(found.kept)
+        return exported
+
+    for component, exported in lower_each(components, lower, progress, notes):
+        program = describe_program(component, states, file=f"{component.name}.pt2")
+        programs.append(replace(program, precision=precisions.of_part(part_of(component))))
         reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
         _save(exported, folder / f"{component.name}.pt2")
     progress("write weights")
-    pool.write(folder / WEIGHTS_NAME)
+    size = pool.write(folder / WEIGHTS_NAME)
     for name, keys in reads.items():
         table = {parameter: pool.slots[key].name for parameter, key in sorted(keys.items())}
         (folder / f"{name}.weights.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return Exported(programs=tuple(programs), state=tuple(states.values()), weights=WEIGHTS_NAME, notes=tuple(notes))
+    return Exported(
+        programs=tuple(programs),
+        state=tuple(states.values()),
+        weights=WEIGHTS_NAME,
+        weight_bytes=size if precisions.lossy else None,
+        notes=(*notes, *kept_note(kept)),
+    )
 
 
 def _lower(component: Component) -> Any:
