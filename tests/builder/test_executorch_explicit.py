@@ -173,3 +173,21 @@ def test_places_that_a_mask_picks_lie_in_rows(tmp_path: Path) -> None:
     found = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward").execute([values, mask])
     for own, expected in zip(found, Picked()(values, mask), strict=True):
         torch.testing.assert_close(own, expected)
+
+
+def test_parts_that_wait_for_one_another_are_left_out() -> None:
+    """The first needs what the second gives, and the other way round."""
+    from types import SimpleNamespace
+
+    from genbundle.builder.formats.executorch_lowering import parts_in_order
+
+    graph = torch.fx.Graph()
+    given, weight = graph.placeholder("given"), graph.placeholder("weight")
+    a, b = (graph.call_function(torch.add, (given, weight)) for _ in range(2))
+    c, d = graph.call_function(torch.mul, (a, weight)), graph.call_function(torch.mul, (b, weight))
+    graph.output((c, d))
+    first, second = SimpleNamespace(nodes=[a, d, weight]), SimpleNamespace(nodes=[b, c, weight])
+    assert parts_in_order([first, second], graph) == [first]
+    whole = [SimpleNamespace(nodes=[a, c]), SimpleNamespace(nodes=[b, d])]
+    assert parts_in_order(whole, graph) == whole
+    assert parts_in_order([SimpleNamespace(nodes=[a]), second], graph) == [SimpleNamespace(nodes=[a]), second]

@@ -5,6 +5,7 @@ Imports ExecuTorch (and with it torchao) at module level: import this module ins
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,6 +100,15 @@ class Partitioner(XnnpackPartitioner):
                 result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, spec)
         return result
 
+    def generate_partitions(self, ep: torch.export.ExportedProgram) -> list[Any]:
+        """The parts that are worth it, without those that would wait for one another, which lowering fails on."""
+        return parts_in_order([part for part in super().generate_partitions(ep) if self.worth(part)], ep.graph)
+
+    def worth(self, part: Any) -> bool:
+        """Whether XNNPACK is to get the part."""
+        del part
+        return True
+
     def whole(self, program: torch.export.ExportedProgram) -> list[Any]:
         """The operators that XNNPACK takes whole, wherever they stand in `program`."""
         operators, takes = self.ops_to_not_decompose(program)
@@ -115,14 +125,36 @@ class ProductPartitioner(Partitioner):
 
     _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
 
-    def generate_partitions(self, ep: torch.export.ExportedProgram) -> list[Any]:
-        """The parts, without those that only move or add."""
-        parts = super().generate_partitions(ep)
-        return [
-            part
-            for part in parts
-            if any(node.op == "call_function" and _operator(node) in self._PRODUCTS for node in part.nodes)
-        ]
+    def worth(self, part: Any) -> bool:
+        """Whether the part does more than move and add."""
+        return any(node.op == "call_function" and _operator(node) in self._PRODUCTS for node in part.nodes)
+
+
+def parts_in_order(parts: list[Any], graph: torch.fx.Graph) -> list[Any]:
+    """Those of `parts` that can be computed each in one piece, one after another; the first ones where not all can."""
+    if _in_order(parts, graph):
+        return parts
+    kept: list[Any] = []
+    for part in parts:
+        if _in_order([*kept, part], graph):
+            kept.append(part)
+    return kept
+
+
+def _in_order(parts: Iterable[Any], graph: torch.fx.Graph) -> bool:
+    owners = {node: number for number, part in enumerate(parts) for node in part.nodes}
+    needs: dict[Any, set[Any]] = {}
+    for node in graph.nodes:
+        own = owners.get(node, node)
+        # Each part gets the weights that it reads, so that they tie none to another.
+        sources = {owners.get(item, item) for item in node.all_input_nodes if item.op != "placeholder"}
+        if node.op != "placeholder":
+            needs.setdefault(own, set()).update(sources - {own})
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError:
+        return False
+    return True
 
 
 def _operator(node: torch.fx.Node) -> str:
