@@ -65,8 +65,8 @@ def build_bundle(
             or processor when None.
         backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
         output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
-        precision: "fp32", or on "cpu" "int8" or "int4": the language model's weights, with its token embedding and its
-            head, in blocks of so many bits. Encoders of pictures and sound stay at fp32 unless named:
+        precision: "fp32", "int8" or (on "cpu" and "xnnpack") "int4": of the language model's weights, with its token
+            embedding and its head. Encoders of pictures and sound stay at fp32, unless on "cpu" they are named:
             `{"language_model": "int4", "encoder": "int8"}` (`image_encoder`, `audio_encoder`, `video_encoder` for one).
         quality_floor: of a lossy precision, the least share of new tokens on held-out inputs whose first choice has to
             be eager's, 0 for any; by default what `genbundle.builder.precision.FLOORS` says, which also bounds the
@@ -190,12 +190,13 @@ def _export(
         images=images,
         files={},
         notes=exported.notes,
-        packages=_packages(settings.backend),
+        packages=_packages(settings.backend, precisions),
         settings=asdict(settings),
     )
 
 
-def _packages(backend: str) -> dict[str, str]:
+def _packages(backend: str, precisions: Precisions) -> dict[str, str]:
     names = {"cpu": ("onnxruntime", "onnxscript"), "cuda": ("onnxruntime", "onnxscript"), "xnnpack": ("executorch",)}
-    used = ("genbundle", "transformers", "torch", *names.get(backend, ()))
+    rounding = ("torchao",) if precisions.lossy and backend in ("xnnpack", "torch") else ()
+    used = ("genbundle", "transformers", "torch", *names.get(backend, ()), *rounding)
     return {name: importlib.metadata.version(name).partition("+")[0] for name in used}

@@ -42,7 +42,8 @@ _BACKEND = click.option(
     default="fp32",
     show_default=True,
     metavar="NAME",
-    help="fp32, int8 or int4 for the language model, or language_model=int4,encoder=int8.",
+    help="Of the language model: fp32, int8 or, on cpu and xnnpack, int4; or of each part: "
+    "language_model=int4,encoder=int8.",
 )
 @click.option(
     "--quality-floor",
