@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genbundle.builder.exporting import _without_moves, to_exported_program
-from genbundle.builder.guards import HoldsFrom
+from genbundle.builder.guards import HoldsFrom, largest
 from genbundle.bundles import UnsupportedModelError
 
 AXES = {"input_ids": {0: "batch", 1: "sequence"}}
@@ -151,3 +151,17 @@ def test_modules_whose_buffers_have_another_type_are_moved():
         assert module.to(torch.float32) is module
         module[1].running_mean.data = torch.zeros(2, dtype=torch.float64)
         assert module.to(torch.float32)[1].running_mean.dtype == torch.float32
+
+
+class Sources(torch.nn.Module):
+    """Takes another way for a long source."""
+
+    config = None
+
+    def forward(self, source: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": source * 2 if source.shape[1] <= 128 else source * 3}
+
+
+def test_the_most_that_another_axis_may_be_is_known():
+    program = to_exported_program(Sources(), {"source": torch.ones(2, 9)}, {"source": {0: "batch", 1: "source"}}, None)
+    assert largest(program, {"source": {0: "batch", 1: "source"}}) == {"source": 128}

@@ -1,5 +1,7 @@
 """Programs that take one picture at a time: how inputs are dealt out and outputs joined."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -108,3 +110,13 @@ def test_a_fixed_input_is_checked_and_not_fed():
     assert list(calls[0]) == ["patches"]
     with pytest.raises(InputError, match="kinds: this bundle takes prompts whose kinds is 0 throughout"):
         pieces.call(described, recording(calls), {"patches": np.ones((1, 2)), "kinds": np.ones((1, 4))}, np.asarray)
+
+
+def test_what_is_larger_than_the_program_takes_is_refused():
+    described = replace(entry(patches={}), largest={"rows": 3})
+    assert pieces.call(described, recording([]), {"patches": np.ones((3, 2))}, np.asarray)["features"].shape == (3, 2)
+    with pytest.raises(InputError, match="patches: 4 along axis 0, the program 'image_encoder' takes at most 3"):
+        pieces.call(described, recording([]), {"patches": np.ones((4, 2))}, np.asarray)
+    described = replace(entry(patches={"pieces": "ends"}, ends={"pieces": "offsets"}), largest={"rows": 3})
+    inputs = {"patches": np.ones((5, 2)), "ends": np.array([0, 3, 5])}
+    assert pieces.call(described, recording([]), inputs, np.asarray)["features"].shape == (5, 2)

@@ -20,7 +20,7 @@ from transformers.exporters.utils import decompose_prefill_decode, prepare_for_e
 
 from genbundle.builder.cut import attribute
 from genbundle.builder.generation_config import greedy_config
-from genbundle.builder.guards import Axes, HoldsFrom, expect_free, expect_open
+from genbundle.builder.guards import Axes, HoldsFrom, expect_free, expect_open, largest
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.complex_axes import add_axes_to_parts
 from genbundle.builder.passes.computed_numbers import compute_numbers
@@ -75,11 +75,13 @@ class _ProgramExporter(DynamoExporter):
     def __init__(self, axes: Axes, longest: int | None, least: int):
         super().__init__()
         self._axes, self._longest, self._least = axes, longest, least
+        self.largest: dict[str, int] = {}
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> Any:
         """Refuse a program that holds for some sizes only."""
         program, metadata = super().export_program(model, sample_inputs, config=config)
         expect_free(program, self._axes, self._longest)
+        self.largest = largest(program, self._axes)
         expect_open(program, model, dict(sample_inputs), self._axes, self._longest, self._least)
         for modify in self.passes:
             modify(program)
@@ -126,18 +128,16 @@ def to_onnx(
     provider: str | None,
     least: int = 1,
 ) -> "onnx_ir.Model":
-    """The same as an ONNX model, fused for `provider` ("cpu", "cuda" or None)."""
-    return _dynamic(
-        module,
-        sample,
-        axes,
-        lambda shapes: (
-            _GraphExporter(axes, longest, least)
-            .export(module, dict(sample), OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider))  # pyright: ignore
-            .program
-        ),
-        {},
-    )
+    """The same as an ONNX model, fused for `provider` ("cpu", "cuda" or None), with `guards.largest` in its `meta`."""
+
+    def export(shapes: dict) -> Any:
+        exporter = _GraphExporter(axes, longest, least)
+        options: Any = OnnxConfig(dynamic_shapes=shapes, ort_fusions=provider)  # pyright: ignore
+        model = exporter.export(module, dict(sample), options).program
+        model.meta["largest"] = exporter.largest
+        return model
+
+    return _dynamic(module, sample, axes, export, {})
 
 
 def _dynamic(

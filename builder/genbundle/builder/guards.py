@@ -48,6 +48,18 @@ def expect_free(program: Any, axes: Axes, longest: int | None) -> None:
                 )
 
 
+def largest(program: Any, axes: Axes) -> dict[str, int]:
+    """The most that axes other than those of tokens may have, by the model's code or the memory planned for them."""
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        for axis, symbol in axes.get(node.target, {}).items() if node.op == "placeholder" else ():
+            size = node.meta["val"].shape[axis]
+            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+            if known is not None and known.upper < _UNBOUNDED and symbol.partition("_")[0] not in ("batch", *_LENGTHS):
+                found[symbol] = min(int(known.upper), found.get(symbol, _UNBOUNDED))
+    return found
+
+
 class HoldsFrom(UnsupportedModelError):
     """A program for prompts of `least` tokens and more; shorter ones take another way through the model's code."""
 

@@ -69,7 +69,7 @@ class Program:
 
     placeholder_id: the token that stands in a prompt once for each row of the program's first output beside logits and
     state, its features; `images.token_id` for an encoder of pictures that says nothing. least: the fewest tokens,
-    padding counted, that it may be called with.
+    padding counted, that it may be called with. largest: the most that symbolic sizes of its inputs may be.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Program:
     modality: str | None = None
     placeholder_id: int | None = None
     least: int = field(default=1, metadata=_FROM_1)
+    largest: dict[str, int] = field(default_factory=dict)
     method: str | None = None
     precision: str = "fp32"
 

@@ -46,7 +46,7 @@ def call(
 ) -> dict[str, Tensor]:
     """Call `program` once, or once per piece with the outputs joined along their first symbolic axis.
 
-    Raises InputError where an input isn't the one number that the program was made for.
+    Raises InputError where an input isn't the one number that the program was made for, or is larger than it takes.
     """
     for item in entry.inputs:
         fixed = item.source.options.get("equals")
@@ -55,14 +55,27 @@ def call(
     names = taken_inputs(entry)
     divided = {item.name: item.source.options for item in entry.inputs if item.source.options.get("pieces")}
     if not divided:
-        return program({name: inputs[name] for name in names})
-    results = [program(part) for part in _parts(names, divided, inputs)]
+        return program(_expect_sizes(entry, {name: inputs[name] for name in names}))
+    results = [program(_expect_sizes(entry, part)) for part in _parts(names, divided, inputs)]
     if not results:
         raise InputError(f"the inputs of {entry.name!r} hold no picture")
     if len(results) == 1:
         return results[0]
     axes = {out.name: next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs}
     return {name: np.concatenate([to_numpy(part[name]) for part in results], axis) for name, axis in axes.items()}
+
+
+def _expect_sizes(entry: ProgramEntry, part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`part`; InputError for what is larger than the program takes."""
+    for item in entry.inputs if entry.largest else ():
+        for axis, size in enumerate(item.shape if item.name in part else ()):
+            most = entry.largest.get(size) if isinstance(size, str) else None
+            if most is not None and part[item.name].shape[axis] > most:
+                raise InputError(
+                    f"{item.source.name or item.name}: {part[item.name].shape[axis]} along axis {axis}, the program "
+                    f"{entry.name!r} takes at most {most}"
+                )
+    return part
 
 
 def _parts(

@@ -68,7 +68,7 @@ def export_explicit(
     states: dict[str, State] = {}
     programs, kept = [], {}
     for component, exported in lowered:
-        entry = describe_program(component, states, file=path.name, method=component.name)
+        entry = describe_program(component, states, exported, file=path.name, method=component.name)
         order = {name: place for place, name in enumerate(exported.graph_signature.user_inputs)}
         inputs = sorted(entry.inputs, key=lambda item: order.get(item.name, len(order)))
         entry = replace(entry, inputs=tuple(inputs))

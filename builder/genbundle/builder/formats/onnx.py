@@ -166,6 +166,7 @@ def _describe(model: ir.Model, component: Component, states: dict[str, State]) -
         modality=component.modality,
         placeholder_id=component.placeholder_id,
         least=component.least,
+        largest=model.meta["largest"],
         inputs=inputs,
         outputs=tuple(outputs),
     )

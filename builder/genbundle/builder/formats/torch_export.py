@@ -14,6 +14,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from genbundle.builder.components import Component, as_state, dtype_of, shape_of
 from genbundle.builder.exporting import quiet, to_exported_program
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
+from genbundle.builder.guards import largest
 from genbundle.builder.packed_weights import packed
 from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.passes.grouped_products import use_own_grouped_product
@@ -38,7 +39,7 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
         return exported
 
     for component, exported in lower_each(components, lower, progress, notes):
-        program = describe_program(component, states, file=f"{component.name}.pt2")
+        program = describe_program(component, states, exported, file=f"{component.name}.pt2")
         programs.append(replace(program, precision=precisions.of_part(part_of(component))))
         reads[component.name] = {name: pool.add(name, tensor.detach()) for name, tensor in exported.state_dict.items()}
         _save(exported, folder / f"{component.name}.pt2")
@@ -87,7 +88,7 @@ def relax_lower_bounds(exported: Any) -> None:
 
 
 def describe_program(
-    component: Component, states: dict[str, State], *, file: str, method: str | None = None
+    component: Component, states: dict[str, State], exported: Any, *, file: str, method: str | None = None
 ) -> Program:
     """The manifest's entry of a component's program in `file`; the state that it reads is added to `states`."""
     for name, source in component.sources.items():
@@ -113,6 +114,7 @@ def describe_program(
         modality=component.modality,
         placeholder_id=component.placeholder_id,
         least=component.least,
+        largest=largest(exported, component.axes),
         inputs=describe_inputs(component, set(component.sample), lambda name: name),
         outputs=outputs,
     )
