@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from genbundle.bundles.manifest import Flow, Route
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime import load_bundle
 from genbundle.runtime.backends import onnxruntime as onnxruntime_module
+from genbundle.runtime.backends.executorch import ExecuTorchProgram
 from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.inspection import as_text
 
@@ -172,3 +174,13 @@ def test_programs_without_inputs_and_outputs_are_shown(bundle):
 
 def test_opened_bundles_load_too(bundle):
     assert load_bundle(open_bundle(bundle().path)).bundle.manifest.backend == "cpu"
+
+
+def test_a_method_of_other_outputs_than_the_manifest_names_is_an_engine_error():
+    class Method:
+        def execute(self, _):
+            return []
+
+    entry = replace(manifest().programs[0], inputs=())
+    with pytest.raises(EngineError, match=f"gives 0 outputs, the manifest names {len(entry.outputs)}"):
+        ExecuTorchProgram(entry, Method(), threading.Lock())({})

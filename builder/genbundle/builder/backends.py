@@ -113,8 +113,10 @@ def _state_outside(
         with dense_experts(model):
             components, flow, notes = _components(model, _with_single(model, captures), capacity, fuse=False)
             exported = export_explicit(components, capacity, folder / PROGRAM_FILE, announce, precisions)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}; nor can its state be kept inside the program: {refusal}") from error
+    except (UnsupportedModelError, *MODEL_ERRORS) as error:
+        own = isinstance(error, UnsupportedModelError)
+        why = error if own else f"its code fails for one sequence: {type(error).__name__}: {first_line(error)}"
+        raise UnsupportedModelError(f"{why}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
     note = (
         "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "

@@ -95,7 +95,12 @@ class ExecuTorchProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the method; EngineError when it fails."""
-        return dict(zip(self._outputs, self._run(inputs), strict=True))
+        found = self._run(inputs)
+        if len(found) != len(self._outputs):
+            raise EngineError(
+                f"the program {self._entry.name!r} gives {len(found)} outputs, the manifest names {len(self._outputs)}"
+            )
+        return dict(zip(self._outputs, found, strict=True))
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Sequence[Any]:
         try:
