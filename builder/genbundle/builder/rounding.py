@@ -81,7 +81,10 @@ def language_model_of(component: Component) -> tuple[list[torch.nn.Module], int 
     model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if part_of(component) != LANGUAGE_MODEL or model is None:
         return [], None
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # which of its tables is meant isn't known (PP-FormulaNet)
+        table = head = None
     rows = len(table.weight) if isinstance(table, torch.nn.Embedding) else None
     if "encoder" not in component.roles:
         return modules, rows
