@@ -24,6 +24,7 @@ from genbundle.builder.processing import describe_generation, describe_images, d
 from genbundle.builder.progress import show_progress
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
 from genbundle.builder.verify import new_tokens, record, taken_by, verify_staged
+from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
@@ -168,7 +169,6 @@ def _export(
     if token is not None and images is not None and images.token_id is None:
         images = replace(images, token_id=token)
     model.config.to_json_file(folder / "config.json", use_diff=False)
-    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     return Manifest(
         format=FORMAT,
         version=FORMAT_VERSION,
@@ -177,9 +177,8 @@ def _export(
         model=ModelFacts(
             architecture=type(model).__name__,
             name=loaded.name,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            weight_bytes=exported.weight_bytes
-            or sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weight_bytes=exported.weight_bytes or unique_bytes(model),
         ),
         flow=replace(exported.flow, restart=limits.restart),
         programs=exported.programs,

@@ -91,19 +91,6 @@ def needed_inputs(
     return kept
 
 
-def of_length(
-    sample: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], length: int
-) -> dict[str, torch.Tensor]:
-    """A prompt program's sample with as many tokens as asked for, those it has over and over."""
-    found = {}
-    for name, tensor in sample.items():
-        for axis, symbol in axes.get(name, {}).items():
-            if symbol == "sequence":
-                tensor = tensor.index_select(axis, torch.arange(length) % tensor.shape[axis])
-        found[name] = tensor
-    return found
-
-
 def runs(component: Component) -> bool:
     """Whether the model's code takes the component's sample at all."""
     try:

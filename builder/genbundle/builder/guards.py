@@ -107,9 +107,9 @@ class _Condition:
 
     def holds(self, batch: int, new: int, past: int) -> bool | None:
         """None where it is on something else than these sizes, or where nothing is so long."""
+        known = _sizes(batch, new, past)
         sizes = {
-            place: symbol if isinstance(symbol, int) else _size(symbol, batch, new, past)
-            for place, symbol in self._places.items()
+            place: symbol if isinstance(symbol, int) else known.get(symbol) for place, symbol in self._places.items()
         }
         if None in sizes.values() or (self._longest is not None and past + new > self._longest):
             return None
@@ -132,8 +132,19 @@ def _conditions(program: Any, axes: Axes, longest: int | None) -> Iterator[_Cond
             yield _Condition(text, named, longest)
 
 
-def _size(symbol: Any, batch: int, new: int, past: int) -> int | None:
-    return {"batch": batch, "sequence": new, "past": past, "total": past + new}.get(symbol)
+def _sizes(batch: int, new: int, past: int) -> dict[str, int]:
+    return {"batch": batch, "sequence": new, "past": past, "total": past + new}
+
+
+def resized(sample: Mapping[str, torch.Tensor], axes: Axes, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """A sample with other sizes of the axes of some names: what it holds, over and over."""
+    found = {}
+    for name, tensor in sample.items():
+        for axis, symbol in axes.get(name, {}).items():
+            if symbol in sizes:
+                tensor = tensor.index_select(axis, torch.arange(sizes[symbol]) % tensor.shape[axis])
+        found[name] = tensor
+    return found
 
 
 def _failing(condition: _Condition, symbols: set[str], *, prompt: bool) -> list[tuple[int, int, int]]:
@@ -160,7 +171,7 @@ def _same(
     program: Any, module: Any, sample: Mapping[str, torch.Tensor], axes: Axes, sizes: tuple[int, int, int]
 ) -> bool:
     """Whether the program gives what the module does, for a sample of other sizes."""
-    given = {name: _resized(tensor, axes.get(name, {}), sizes) for name, tensor in sample.items()}
+    given = resized(sample, axes, _sizes(*sizes))
     try:
         with torch.no_grad():
             # Not as it is called: upstream's exporter watches that, and would take these inputs for the program's.
@@ -172,12 +183,3 @@ def _same(
         found[name].shape == value.shape and torch.allclose(found[name], value, rtol=1e-3, atol=1e-4, equal_nan=True)
         for name, value in expected.items()
     )
-
-
-def _resized(tensor: torch.Tensor, named: Mapping[int, str], sizes: tuple[int, int, int]) -> torch.Tensor:
-    """What the sample holds over and over."""
-    for axis, symbol in named.items():
-        size = _size(symbol, *sizes)
-        if size is not None:
-            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-    return tensor

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, of_length, same_tensors
+from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, same_tensors
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
+from genbundle.builder.guards import resized
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
@@ -249,6 +250,6 @@ def _prompt_component(
         return prompt
     # Other state than keys and values is computed in chunks or a scan: a loop over the length.
     whole = Prompt(model, template, plan.layers, fused=False).eval()
-    obstacle = loop_over_length(whole, lambda length: of_length(recorded[0], prompt.axes, length))
+    obstacle = loop_over_length(whole, lambda length: resized(recorded[0], prompt.axes, {"sequence": length}))
     part = Prompt(model, template, plan.layers, fused=False, begins=False).eval()
     return replace(prompt, obstacle=obstacle, alternative=by_token(prompt, part, plan.layers))

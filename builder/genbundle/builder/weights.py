@@ -27,6 +27,11 @@ class Slot:
     length: int
 
 
+def unique_bytes(model: Any) -> int:
+    """The bytes of a module's weights, each once."""
+    return sum(weight.nbytes for weight in model.parameters())
+
+
 class WeightPool:
     """Tensors by content: adding an equal tensor twice stores it once.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from genbundle.builder.branches import taken_branches
-from genbundle.builder.components import Component, dtype_of, of_length, shape_of
+from genbundle.builder.components import Component, dtype_of, shape_of
 from genbundle.builder.exporting import first_line
-from genbundle.builder.guards import HoldsFrom
+from genbundle.builder.guards import HoldsFrom, resized
 from genbundle.bundles import GenbundleError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Program, State
 
@@ -89,8 +89,15 @@ def lower_each(
 def _shorter(component: Component) -> Component:
     """The same for prompts of fewer tokens than its least, which go another way through the model's code."""
     most = component.least - 1
-    sample = of_length(component.sample, component.axes, min(_SHORT, most))
+    sample = resized(component.sample, component.axes, {"sequence": min(_SHORT, most)})
     return replace(component, name=f"short_{component.name}", sample=sample, least=1, longest=most)
+
+
+def knowing(item: Input, rows: int | None) -> Input:
+    """An input of token ids with how many there are, where the program's engine wouldn't see one beyond them."""
+    if rows is None:
+        return item
+    return replace(item, source=replace(item.source, options={**item.source.options, "below": rows}))
 
 
 def describe_inputs(

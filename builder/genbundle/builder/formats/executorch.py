@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from genbundle.builder.formats import Exported
+from genbundle.builder.formats import Exported, knowing
 from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
 from genbundle.builder.precision import BITS, kept_note, only_encodes
@@ -28,6 +28,7 @@ from genbundle.builder.stateful_merge import (
     probe_call,
     text_alone,
 )
+from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
 from genbundle.runtime.positions import POSITION_INPUTS
@@ -106,18 +107,11 @@ def at_precision(program: Program, precision: str, found: Rounding) -> Program:
     ExecuTorch would end the process for any others.
     """
     inputs = tuple(
-        replace(item, source=replace(item.source, options={**item.source.options, "below": found.rows}))
-        if found.rows is not None and (item.source.kind == "tokens" or item.source.name == "input_ids")
-        else item
+        knowing(item, found.rows) if item.source.kind == "tokens" or item.source.name == "input_ids" else item
         for item in program.inputs
     )
     # The merge takes placeholders that lie beyond the table.
     return replace(program, precision=precision, inputs=program.inputs if program.name == "merge" else inputs)
-
-
-def unique_bytes(model: torch.nn.Module) -> int:
-    """The bytes of a model's weights, each once."""
-    return sum(weight.nbytes for weight in model.parameters())
 
 
 def runner_constants(max_length: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:

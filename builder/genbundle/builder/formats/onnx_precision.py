@@ -7,11 +7,11 @@ from functools import partial
 import onnx_ir as ir
 
 from genbundle.builder.components import Component
-from genbundle.builder.formats import Progress
+from genbundle.builder.formats import Progress, knowing
 from genbundle.builder.passes.weight_only import quantize_weights
 from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, kept_note, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES
-from genbundle.bundles.manifest import Input, Program
+from genbundle.bundles.manifest import Program
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 
@@ -27,14 +27,8 @@ class RoundedPrograms:
         """The manifest's entry with its precision, and with the tokens that it knows: the engine takes any others for
         zeros, and says nothing."""
         rows = self.rows.get(program.name, {})
-        inputs = tuple(_limited(item, rows.get(item.name)) for item in program.inputs)
+        inputs = tuple(knowing(item, rows.get(item.name)) for item in program.inputs)
         return replace(program, inputs=inputs, precision=self.precisions.get(program.name, "fp32"))
-
-
-def _limited(item: Input, rows: int | None) -> Input:
-    if rows is None:
-        return item
-    return replace(item, source=replace(item.source, options={**item.source.options, "below": rows}))
 
 
 def round_programs(
