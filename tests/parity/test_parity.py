@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from genbundle.builder import build_bundle
 from genbundle.bundles import EngineError, InputError
+from genbundle.runtime import load_bundle
 from tests.benchmarks import answers
 from tests.zoo import models
 
@@ -246,3 +248,17 @@ def test_as_many_pictures_as_placeholders(backend, loaded):
 def test_the_demo_models_answers_are_eagers(backend, loaded):
     asked = answers.held_out_questions(12)
     assert answers.bundle_answers(loaded("demo", backend), asked) == answers.eager_answers(asked)
+
+
+def test_a_prompt_longer_than_a_chunk_and_a_cache_that_grows(tmp_path):
+    model = models.make("qwen2")
+    model.config.max_position_embeddings = 1100
+    bundle = load_bundle(build_bundle(model, None, "cpu", output=tmp_path / "bundle", progress=False).path)
+    assert bundle.bundle.manifest.flow.chunk == 512
+    inputs = {"input_ids": models.text_ids(700, seed=5)}
+    # Without an end the cache's buffers, which have room for 256 more, are copied on the way.
+    expected = eager(model, inputs, max_new_tokens=300, eos_token_id=None)
+    found = bundle.generate(**arrays(inputs), max_new_tokens=300, eos_token_id=())
+    np.testing.assert_array_equal(found.sequences, expected)
+    *_, last = bundle.stream(**arrays(inputs), eos_token_id=(), max_new_tokens=2)
+    assert last.token_id == expected[0, 701]

@@ -8,7 +8,6 @@ from tests.bundles.samples import manifest
 
 from genbundle.bundles import BundleError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Route, Source
-from genbundle.runtime.backends.onnxruntime import _repeated
 from genbundle.runtime.wiring import Wiring
 
 IDS = np.arange(5)[None]
@@ -76,6 +75,14 @@ def test_features_are_converted_once_for_all_tokens():
     assert backend.converted == 1
 
 
-def test_programs_for_each_token_have_their_weights_repacked():
-    routes = (Route(programs=("encode", "prompt")), Route(programs=("encode", "token"), one_by_one=True))
-    assert _repeated(Flow(prompt=routes, step=("step",))) == {"step", "token"}
+@pytest.mark.parametrize(("inputs", "pieces"), [
+    (TEXT, [[0, 1], [2, 3], [4]]),
+    ({"input_ids": IDS[:, :2], "attention_mask": IDS[:, :2] * 0 + 1}, [[0, 1]]),
+    ({"input_ids": IDS, "attention_mask": (IDS > 0).astype(np.int64)}, [[0, 1, 2, 3, 4]]),
+])  # fmt: skip
+def test_a_long_prompt_without_padding_goes_in_pieces(inputs, pieces):
+    backend = Backend()
+    flow = Flow(prompt=(Route(programs=("step",)),), step=("step",), continues=True, chunk=2)
+    made = manifest(flow=flow, programs=(program("step", ("batch", "sequence")),), state=())
+    Wiring(made, backend).prompt(inputs)
+    assert [feeds["input_ids"][0].tolist() for _, feeds in backend.calls] == pieces

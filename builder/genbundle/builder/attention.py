@@ -42,10 +42,15 @@ class PastLayer(DynamicLayer):
 
 
 class FusedLayer(PastLayer):
-    """A layer whose new keys and values go to the attention as they are; the attention returns the present."""
+    """A layer whose new keys and values go to the attention as they are; the attention returns the present.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    past: how many tokens keys and values hold where they are buffers with room for more, into which the attention
+    writes the new ones; None where they hold the past alone.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, past: Any = None):
         super().__init__(keys, values)
+        self.in_place, self.past = past is not None, keys.shape[-2] if past is None else past
         self.updated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -57,7 +62,11 @@ class FusedLayer(PastLayer):
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
         """Past and new tokens, from position 0."""
         length = query_length if isinstance(query_length, int | torch.SymInt) else query_length.shape[0]
-        return self.keys.shape[-2] + length, 0
+        return self.past + length, 0
+
+    def get_seq_length(self) -> Any:
+        """How many tokens came before."""
+        return self.past
 
     def present(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the attention returned; UnsupportedModelError if it never ran for this layer."""
@@ -98,8 +107,8 @@ def group_query_attention(cache: Callable[[], DynamicCache]) -> Callable:
         refuse_unknown(module, kwargs)
         layer: Any = cache().layers[int(index)]
         batch, heads, length, width = query.shape
-        key_heads, past = key.shape[1], layer.keys.shape[2]
-        total = torch.scalar_tensor(0, dtype=torch.int32) + (past + length)
+        key_heads, total_length = key.shape[1], layer.past + length
+        total = torch.scalar_tensor(0, dtype=torch.int32) + total_length
         total = total.to(torch.int32)
         attributes = {
             "num_heads": heads,
@@ -108,7 +117,7 @@ def group_query_attention(cache: Callable[[], DynamicCache]) -> Callable:
         }
         if softcap is not None:
             attributes["softcap"] = float(softcap)
-        states = (batch, key_heads, past + length, width)
+        states = (batch, key_heads, layer.keys.shape[2] if layer.in_place else total_length, width)
         output, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             [_flat(query), _flat(key), _flat(value), layer.keys, layer.values,

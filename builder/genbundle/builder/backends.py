@@ -18,6 +18,7 @@ from genbundle.builder.generation_config import describe_generation
 from genbundle.builder.inner import capture_calls
 from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.precision import Precisions
+from genbundle.builder.programs import SMALL_CHUNK
 from genbundle.builder.samples import padded_single
 from genbundle.builder.turns import turn_components
 from genbundle.bundles import UnsupportedModelError
@@ -53,6 +54,8 @@ def _explicit(
     """The backends whose programs take and return their state: ONNX and torch.export."""
     components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
     components = [replace(component, longest=capacity) for component in components]
+    if flow.chunk is not None and precisions.language_model != "fp32":
+        flow = replace(flow, chunk=SMALL_CHUNK)
     if format_name == "torch":
         from genbundle.builder.formats.torch_export import export_torch
 

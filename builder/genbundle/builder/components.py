@@ -7,7 +7,7 @@ import torch
 
 from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Input, Role, Source, State
+from genbundle.bundles.manifest import CAPACITY, Input, Role, Source, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ def dtype_of(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def as_state(name: str, tensor: torch.Tensor, axes: Mapping[int, str], growing: str) -> State:
-    """A state entry shaped like `tensor`; it grows along the axis called `growing`, if there is one."""
-    axis = next((axis for axis, symbol in axes.items() if symbol == growing), None)
+def as_state(name: str, tensor: torch.Tensor, axes: Mapping[int, str]) -> State:
+    """A state entry shaped like `tensor`; it grows along the axis of the past or of a buffer, if there is one."""
+    axis = next((axis for axis, symbol in axes.items() if symbol in ("past", CAPACITY)), None)
     return State(name=name, dtype=dtype_of(tensor), shape=shape_of(tensor, axes), axis=axis)
 
 

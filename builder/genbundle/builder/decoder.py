@@ -15,8 +15,9 @@ class Decoder(torch.nn.Module):
     """`model` from its inputs and past to the last position's logits `[batch, 1, vocabulary]` and the present.
 
     One program serves the prompt (an empty past), a continuation and the single step. With `fused`, attention becomes
-    ONNX Runtime's GroupQueryAttention, which only traces; without, the module also runs eagerly. With `begins`, the
-    program is for prompts alone and takes no past.
+    ONNX Runtime's GroupQueryAttention, which only traces; without, the module also runs eagerly. With `in_place`, it
+    writes the new keys and values into the past's tensors, which have room for them; how many tokens came before is
+    then the mask's length without the new ones. With `begins`, the program is for prompts alone and takes no past.
 
     Past inputs are named `past_<layer>_<what>` (`key` and `value`, `[batch, heads, length, width]`, or a state of fixed
     size), outputs `present_...`. `constants` are forward arguments that every capture passed alike.
@@ -28,12 +29,14 @@ class Decoder(torch.nn.Module):
         layers: Sequence[Layer],
         *,
         fused: bool,
+        in_place: bool = False,
         begins: bool = False,
         cache_argument: str = "past_key_values",
         constants: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.model, self.layers, self.fused, self.begins = model, tuple(layers), fused, begins
+        self.in_place = in_place
         self.config, self.cache_argument = model.config, cache_argument
         self.constants = dict(constants or {})
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -43,7 +46,8 @@ class Decoder(torch.nn.Module):
         """Run the model's own forward over a cache made of the past inputs."""
         # Any tensor with the batch's size gives the empty ones theirs.
         like = inputs["input_ids"].to(torch.get_default_dtype())
-        past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins)
+        before = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] if self.in_place else None
+        past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins, past=before)
         cache = make_cache(past)
         attend = group_query_attention(lambda: cache) if self.fused else None
         with attention(language_model_of(self.model), attend):

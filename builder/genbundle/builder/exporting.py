@@ -33,7 +33,7 @@ from genbundle.bundles import UnsupportedModelError
 if TYPE_CHECKING:
     import onnx_ir
 
-FREE_AXES = frozenset({"batch", "sequence", "past"})
+FREE_AXES = frozenset({"batch", "sequence", "past", "capacity"})
 _BLOCKS = re.compile(r"blocks_times(\d+)")
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model's own code raises where it can't take its inputs."""

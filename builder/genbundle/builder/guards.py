@@ -13,7 +13,7 @@ from genbundle.bundles import UnsupportedModelError
 Axes = Mapping[str, Mapping[int, str]]
 """Input name -> axis -> its symbolic name."""
 _UNBOUNDED = 2**31
-_LENGTHS = ("sequence", "past", "total")  # axes as long as a generation, or nearly (past_plus1)
+_LENGTHS = ("sequence", "past", "total", "capacity")  # axes as long as a generation, or nearly (past_plus1)
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _LONGEST = 4096  # of the prompts whose lengths are tried one by one
 _BATCHES = (1, 2, 3)
@@ -79,7 +79,7 @@ def expect_open(
     for lengths in between, module and program are run for some of these: a padding to whole chunks is right for any.
     """
     symbols = {symbol for item in axes.values() for symbol in item.values()}
-    prompt = "past" not in symbols and "sequence" in symbols
+    prompt = not symbols & {"past", "total", "capacity"} and "sequence" in symbols
     fewest, failing = (0, ""), []
     for condition in _conditions(program, axes, longest):
         failed = _failing(condition, symbols, prompt=prompt)
@@ -133,7 +133,7 @@ def _conditions(program: Any, axes: Axes, longest: int | None) -> Iterator[_Cond
 
 
 def _sizes(batch: int, new: int, past: int) -> dict[str, int]:
-    return {"batch": batch, "sequence": new, "past": past, "total": past + new}
+    return {"batch": batch, "sequence": new, "past": past, "total": past + new, "capacity": past + new}
 
 
 def resized(sample: Mapping[str, torch.Tensor], axes: Axes, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:

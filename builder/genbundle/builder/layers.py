@@ -197,10 +197,10 @@ class IndexedPast(PastLayer):
         return self.indexer_keys
 
 
-def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused: bool) -> Any:
+def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused: bool, past: Any = None) -> Any:
     """A cache layer that begins with the tensors `given` (by the names of `layer.shapes()`), or empty.
 
-    like: any floating-point tensor `[batch, ...]` to make the empty ones like.
+    like: any floating-point tensor `[batch, ...]` to make the empty ones like. past: as a fused layer takes it.
     """
     if layer.attention is None and not layer.states:
         return DynamicLayer() if layer.unwritten else DummyLayer()
@@ -215,20 +215,26 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
         return IndexedPast(keys, values, index, None if given is None else given.get(POSITIONS))
     if layer.states:
         return LinearAndPast(layer, given, keys, values)
-    return FusedLayer(keys, values) if fused else PastLayer(keys, values)
+    return FusedLayer(keys, values, past) if fused else PastLayer(keys, values)
 
 
 def open_layers(
-    layers: Sequence[Layer], inputs: dict[str, torch.Tensor], like: torch.Tensor, *, fused: bool, begins: bool
+    layers: Sequence[Layer],
+    inputs: dict[str, torch.Tensor],
+    like: torch.Tensor,
+    *,
+    fused: bool,
+    begins: bool,
+    past: Any = None,
 ) -> list[Any]:
     """Cache layers that begin with the past taken out of a program's `inputs`, `past_<layer>_<what>`.
 
-    like: as `open_layer` takes it. begins: there is no past.
+    like, past: as `open_layer` takes them. begins: there is no past.
     """
     opened = []
     for index, layer in enumerate(layers):
         given = None if begins else {name: inputs.pop(f"past_{index}_{name}") for name, _ in layer.shapes()}
-        opened.append(open_layer(layer, given, like, fused=fused))
+        opened.append(open_layer(layer, given, like, fused=fused, past=past))
     return opened
 
 

@@ -13,12 +13,15 @@ from genbundle.builder.decoder import Decoder, language_model_of
 from genbundle.builder.layers import Layer
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.plan import Call, Capture, Plan, make_plan
-from genbundle.bundles.manifest import Flow, Route, Source
+from genbundle.bundles.manifest import CAPACITY, Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
-BATCH, NEW, PAST, _PROMPT = 2, 3, 5, 9
+BATCH, NEW, PAST, _PROMPT, _CAPACITY = 2, 3, 5, 9, 13
 PROMPTS = ("prompt", "short_prompt")
 """The programs that take a whole prompt, the second one those that are too short for the first."""
+# Tokens of a long prompt that go through at once: more are hardly faster, and the work space grows with them. Beside
+# weights of a few bits it would be the larger part of the memory, and fewer are as fast.
+_CHUNK, SMALL_CHUNK = 512, 128
 _LONG_PROMPTS = (293, 127, 61, 31)  # primes, which no chunk divides
 
 
@@ -39,9 +42,8 @@ def text_components(
     """
     if plan.one_program:
         decode = step_component(model, plan, captures, fuse=fuse and can_fuse_prompt(model, plan, captures))
-        return [decode], Flow(
-            prompt=(Route(programs=("decode",)),), step=("decode",), continues=True, capacity=capacity
-        )
+        flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), continues=True, capacity=capacity)
+        return [decode], replace(flow, chunk=_CHUNK)
     decode = step_component(model, plan, captures, fuse=fuse)
     # Token by token is right for any prompt, and slow: for those that the prompt's program can't take.
     routes = (*(Route(programs=(name,)) for name in PROMPTS), Route(programs=("decode",), one_by_one=True))
@@ -52,11 +54,17 @@ def text_components(
 def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool) -> Component:
     """The program `decode`: new token ids and past to logits and present; one new token where the model needs that."""
     fused = fuse and can_fuse_step(model, plan, captures)
+    in_place = fused and "attention_mask" in plan.step.sources and not plan.step.unmasked
     module = Decoder(
-        model, plan.layers, fused=fused, cache_argument=plan.cache_argument, constants=plan.step.constants
+        model,
+        plan.layers,
+        fused=fused,
+        in_place=in_place,
+        cache_argument=plan.cache_argument,
+        constants=plan.step.constants,
     ).eval()
     sample, axes = text_sample(plan.step, new=NEW if plan.continues else 1, past=PAST)
-    past = PAST + plan.step.unmasked
+    past = _CAPACITY if in_place else PAST + plan.step.unmasked
     decode = Component(
         name="decode",
         roles=("merge", "language_model", "lm_head", "decode"),
@@ -65,7 +73,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         axes=axes,
         sources=plan.step.sources,
     )
-    return with_past(decode, plan.layers, past)
+    return with_past(decode, plan.layers, past, in_place=in_place)
 
 
 def _prompt_component(
@@ -167,17 +175,21 @@ def with_present(component: Component, layers: Sequence[Layer], symbol: str) -> 
     return replace(component, axes=axes, states=states)
 
 
-def with_past(component: Component, layers: Sequence[Layer], size: int = PAST) -> Component:
-    """`component` with what its layers keep as inputs, grown to `size` in the sample, and outputs."""
+def with_past(component: Component, layers: Sequence[Layer], size: int = PAST, *, in_place: bool = False) -> Component:
+    """`component` with what its layers keep as inputs, grown to `size` in the sample, and outputs.
+
+    in_place: what grows has room for more, and the same tensor serves as input and output.
+    """
     sample, sources, axes = dict(component.sample), dict(component.sources), dict(component.axes)
     for index, layer in enumerate(layers):
         for kind, shape in layer.shapes():
             past = f"past_{index}_{kind}"
             sizes = (size if fixed is None else fixed for fixed in shape)
             sample[past] = torch.zeros(BATCH, *sizes, dtype=layer.dtype(kind))
-            axes[past] = _state_axes(shape, "past")
+            axes[past] = _state_axes(shape, CAPACITY if in_place else "past")
             sources[past] = Source(kind="state", name=f"{index}.{kind}")
-    return with_present(replace(component, sample=sample, axes=axes, sources=sources), layers, "total")
+    component = replace(component, sample=sample, axes=axes, sources=sources)
+    return with_present(component, layers, CAPACITY if in_place else "total")
 
 
 def by_token(prompt: Component, module: torch.nn.Module, layers: Sequence[Layer]) -> Component | None:

@@ -5,6 +5,7 @@ The normative text is docs/format.md; docs/manifest.schema.json is generated fro
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -18,6 +19,7 @@ FORMAT = "genbundle"
 _MOST_ELEMENTS = 2**31
 _FROM_1 = {"minimum": 1}
 FORMAT_VERSION = 1
+CAPACITY = "capacity"
 MANIFEST_NAME = "manifest.json"
 
 Backend = Literal["cpu", "cuda", "xnnpack", "torch"]
@@ -87,7 +89,11 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """One piece of generation state that the runtime carries from call to call; `axis` grows with the tokens."""
+    """One piece of generation state that the runtime carries from call to call; `axis` grows with the tokens.
+
+    Where that axis is named CAPACITY, programs write the new tokens' part in place: they take a tensor with room for
+    them, of any size from there on, as input and as output.
+    """
 
     name: str
     dtype: str
@@ -117,7 +123,9 @@ class Flow:
     batch: the most sequences that one call of the programs takes; None for any number. continues: the step's programs
     take several new tokens after a past, so that a prompt may be continued. capacity: the most tokens (prompt and
     generated) that the state holds; None when only the model's own limit stands. restart: a sequence of so many tokens
-    is run again as a whole, from an empty state, with the next token; None for models that don't need it.
+    is run again as a whole, from an empty state, with the next token; None for models that don't need it. chunk: a
+    longer prompt of one sequence goes through the step's programs in pieces of so many tokens, so that what a call
+    needs beside the state doesn't grow with the prompt; None for prompts that go through as a whole.
     """
 
     prompt: tuple[Route, ...]
@@ -126,6 +134,7 @@ class Flow:
     continues: bool = False
     capacity: int | None = field(default=None, metadata=_FROM_1)
     restart: int | None = field(default=None, metadata=_FROM_1)
+    chunk: int | None = field(default=None, metadata=_FROM_1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +318,7 @@ def _check(manifest: Manifest) -> None:
     names = [program.name for program in manifest.programs]
     if len(set(names)) != len(names):
         raise BundleError("Expected distinct program names - at `$.programs`")
-    states = {state.name for state in manifest.state}
+    states = {state.name: state for state in manifest.state}
     for index, program in enumerate(manifest.programs):
         _check_program(program, states, f"$.programs[{index}]")
     for index, state in enumerate(manifest.state):
@@ -336,7 +345,7 @@ def _check_shape(shape: tuple[int | str, ...], path: str) -> None:
         raise BundleError(f"Expected sizes of at least 0 and at most {_MOST_ELEMENTS} elements - at `{path}`")
 
 
-def _check_program(program: Program, states: set[str], path: str) -> None:
+def _check_program(program: Program, states: Mapping[str, State], path: str) -> None:
     for part, values in (("inputs", program.inputs), ("outputs", program.outputs)):
         for index, value in enumerate(values):
             if value.dtype not in DTYPE_NAMES:
@@ -358,8 +367,16 @@ def _check_program(program: Program, states: set[str], path: str) -> None:
                 raise BundleError(
                     f"Expected an input's name, got {by!r} - at `{path}.inputs[{index}].source.options.{option}`"
                 )
-        if item.source.kind == "state" and item.source.name not in states:
+        entry = states.get(item.source.name or "") if item.source.kind == "state" else None
+        if item.source.kind == "state" and entry is None:
             raise BundleError(f"Expected a state entry, got {item.source.name!r} - at `{path}.inputs[{index}].source`")
+        if CAPACITY in item.shape:
+            grows = entry is not None and entry.axis is not None and 0 <= entry.axis < len(item.shape)
+            written = any(output.state == item.source.name for output in program.outputs)
+            if not (grows and written and item.shape.index(CAPACITY) == entry.axis):
+                raise BundleError(
+                    f"Expected a state that grows along that axis and an output for it - at `{path}.inputs[{index}]`"
+                )
     for index, item in enumerate(program.outputs):
         if item.state is not None and item.state not in states:
             raise BundleError(f"Expected a state entry, got {item.state!r} - at `{path}.outputs[{index}].state`")

@@ -122,11 +122,12 @@ def steps(
     taken: list[np.ndarray] = []
     wiring.open(inputs)
     begun = time.perf_counter()
-    logits, sequences = wiring.prompt(inputs)
+    most = prompt_length + limit
+    logits, sequences = wiring.prompt(inputs, most)
     check_forced(options, logits.shape[-1])
     clock.prompt = clock.programs = time.perf_counter() - begun
     stepping = time.perf_counter()
-    for length in range(prompt_length, prompt_length + limit):
+    for length in range(prompt_length, most):
         tokens = np.full(batch, pad, np.int64)
         for row in range(batch):
             if reasons[row] is not None:
@@ -143,7 +144,7 @@ def steps(
                 reasons[row] = "eos"
             elif stop is not None and stop(row, int(token)):
                 reasons[row] = "stop"
-            elif length + 1 == prompt_length + limit:
+            elif length + 1 == most:
                 reasons[row] = "length"
         taken.append(tokens)
         clock.new_tokens += 1
@@ -153,7 +154,7 @@ def steps(
             return
         begun = time.perf_counter()
         if length == wiring.manifest.flow.restart:
-            logits, sequences = wiring.prompt(_whole(inputs, taken))
+            logits, sequences = wiring.prompt(_whole(inputs, taken), most)
         else:
             logits = wiring.step(tokens[:, None], sequences)
         clock.programs += time.perf_counter() - begun

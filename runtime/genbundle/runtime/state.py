@@ -1,6 +1,6 @@
 """Generation state: what is carried from call to call, driven by the manifest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -8,22 +8,58 @@ from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import State as StateEntry
 from genbundle.runtime.program import Tensor
 
+_ROOM = 256  # tokens that a buffer has at least room for beyond those it was asked for
+
 
 class State:
     """The state of `batch` sequences: tensors by name, and how many tokens they have seen.
 
-    Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand.
+    Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand. What is
+    written in place is a buffer with room for more than `length`; it grows by halves, so that copying it stays cheap.
+
+    most: how many tokens the sequences may get; None where that isn't known.
     """
 
-    def __init__(self, entries: tuple[StateEntry, ...], batch: int):
-        self._entries = entries
-        self.length = 0
+    def __init__(self, entries: tuple[StateEntry, ...], batch: int, most: int | None = None):
+        self._axes = {entry.name: entry.axis for entry in entries if entry.axis is not None}
+        self._rooms: dict[str, int] = {}  # how many tokens a buffer holds; other tensors are as long as the sequences
+        self.length, self.most = 0, most
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
-    def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        """Take the outputs that replace state entries (`names`: output -> entry)."""
+    def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str], written: Collection[str]) -> None:
+        """Take the outputs that replace state entries (`names`: output -> entry); `written` are those in place."""
         for output, entry in names.items():
             self.tensors[entry] = outputs[output]
+            if entry not in written:
+                self._rooms.pop(entry, None)
+
+    def buffer(self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:
+        """The tensor of an entry that is written in place, with room for `new` more tokens."""
+        needed = self.length + new
+        if self._rooms.get(name, self.length) < needed:
+            room = max(needed + _ROOM, needed * 3 // 2)
+            if self.most is not None:
+                room = max(needed, min(room, self.most))
+            self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
+            self._rooms[name] = room
+        return self.tensors[name]
+
+    def exact(self, name: str, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:
+        """The tensor of an entry, as long as the sequences."""
+        if name not in self._rooms:
+            return self.tensors[name]
+        array, axis = to_numpy(self.tensors[name]), self._axes[name]
+        return np.ascontiguousarray(array[(slice(None),) * axis + (slice(self.length),)])
+
+
+def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:
+    """A larger array that begins with the first `length` of `array` along `axis`."""
+    shape = list(array.shape)
+    shape[axis] = size
+    grown = np.zeros(shape, array.dtype)  # the system gives memory only for what is written
+    kept = (slice(None),) * axis + (slice(length),)
+    grown[kept] = array[kept]
+    return grown
 
 
 def _empty(entry: StateEntry, batch: int) -> np.ndarray:

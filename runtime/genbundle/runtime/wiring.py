@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from genbundle.bundles import BundleError, EngineError, InputError, Manifest
 from genbundle.bundles.dtypes import numpy_dtype
-from genbundle.bundles.manifest import Input, Route, Source
+from genbundle.bundles.manifest import CAPACITY, Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime import pieces
 from genbundle.runtime.inputs import TEXT_INPUTS, token_ids, token_mask
@@ -43,6 +43,10 @@ class Wiring:
             program.name: {output.name: output.state for output in program.outputs if output.state is not None}
             for program in manifest.programs
         }
+        self._written = {
+            program.name: {item.source.name or "" for item in program.inputs if CAPACITY in item.shape}
+            for program in manifest.programs
+        }
         self.user_inputs = self._known_inputs()
         # Programs that keep their state inside hold one generation's: the last that began.
         self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
@@ -58,22 +62,36 @@ class Wiring:
         for name in (*self._route(inputs).programs, *self.manifest.flow.step):
             self.backend.program(name)
 
-    def prompt(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, Sequences]:
+    def prompt(self, inputs: dict[str, np.ndarray], most: int | None = None) -> tuple[np.ndarray, Sequences]:
         """Run the prompt's programs: logits `[batch, vocabulary]` of the last position, and the sequences to go on.
 
-        inputs: `input_ids` and `attention_mask` `[batch, length]`, and the model's own inputs. Raises InputError for
-        inputs that no route takes, of another shape than the programs', or whose placeholders don't match.
+        inputs: `input_ids` and `attention_mask` `[batch, length]`, and the model's own inputs. most: the most tokens
+        that the sequences will get, the prompt's among them, if that is known. Raises InputError for inputs that no
+        route takes, of another shape than the programs', or whose placeholders don't match.
         """
-        route = self._route(inputs)
-        if route.one_by_one and len(route.programs) == 1:
-            ids = token_ids(inputs)
-            names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
-            first = {name: inputs[name][:, :1] for name in names}
-            logits, sequences = self._begin({**inputs, **first}, route)
-            for place in range(1, ids.shape[1]):
-                logits = self.step(ids[:, place : place + 1].astype(np.int64), sequences)
-            return logits, sequences
-        return self._begin(inputs, route)
+        route, ids = self._route(inputs), token_ids(inputs)
+        size = self._at_once(inputs, route)
+        if size >= ids.shape[1]:
+            return self._begin(inputs, route, most)
+        names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
+        first = {name: inputs[name][:, :size] for name in names}
+        logits, sequences = self._begin({**inputs, **first}, route, most)
+        for place in range(size, ids.shape[1], size):
+            logits = self.step(ids[:, place : place + size].astype(np.int64), sequences)
+        return logits, sequences
+
+    def _at_once(self, inputs: Mapping[str, np.ndarray], route: Route) -> int:
+        """How many of a prompt's tokens go through the programs at once."""
+        length = token_ids(inputs).shape[1]
+        if route.one_by_one:
+            return 1 if len(route.programs) == 1 else length
+        chunk = self.manifest.flow.chunk
+        plain = (
+            route.programs == self.manifest.flow.step
+            and inputs.keys() <= set(TEXT_INPUTS)
+            and len(token_ids(inputs)) == 1
+        )
+        return chunk if chunk is not None and plain and token_mask(inputs).all() else length
 
     def together(self, inputs: dict[str, np.ndarray]) -> bool:
         """Whether the programs take these sequences in one call; else each needs calls of its own, without padding."""
@@ -90,9 +108,9 @@ class Wiring:
             return route.padded
         return any(item.source.kind == "mask" for name in route.programs for item in self._entries[name].inputs)
 
-    def _begin(self, inputs: dict[str, np.ndarray], route: Route) -> tuple[np.ndarray, Sequences]:
+    def _begin(self, inputs: dict[str, np.ndarray], route: Route, most: int | None) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
-        state = State(self.manifest.state, len(ids))
+        state = State(self.manifest.state, len(ids), most)
         kept = {name: array for name, array in inputs.items() if name in self._step_inputs}
         sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
@@ -119,6 +137,10 @@ class Wiring:
     def state_outputs(self, name: str) -> Mapping[str, str]:
         """A program's outputs that replace state, with the state entry's name."""
         return self._states[name]
+
+    def state_written(self, name: str) -> Collection[str]:
+        """The state entries that a program writes in place."""
+        return self._written[name]
 
     def _check(self) -> None:
         """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
@@ -277,7 +299,7 @@ class _Call:
             self._check_placeholders(entry, outputs)
         replaced = self.wiring.state_outputs(name)
         if replaced:
-            self.sequences.state.update(outputs, replaced)
+            self.sequences.state.update(outputs, replaced, self.wiring.state_written(name))
 
     def _part(self, item: Input, program: str) -> Tensor:
         """The value of one program input; where one token goes through the program, what belongs to it.
@@ -312,7 +334,7 @@ class _Call:
         if source.kind == "start":
             return np.array([self.sequences.state.length], np.int64)
         if source.kind == "state":
-            return self.sequences.state.tensors[source.name or ""]
+            return self._state(item)
         if source.kind == "output":
             return self.values[source.name or ""]
         if source.kind == "prepared":
@@ -321,6 +343,12 @@ class _Call:
             sizes = [size for size in item.shape if isinstance(size, int)]
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
         return self._user(item, program)
+
+    def _state(self, item: Input) -> Tensor:
+        state, name, to_numpy = self.sequences.state, item.source.name or "", self.wiring.backend.to_numpy
+        if CAPACITY in item.shape:
+            return state.buffer(name, self.tokens.shape[1], to_numpy)
+        return state.exact(name, to_numpy)
 
     def _wanted(self, item: Input) -> bool:
         options = item.source.options

@@ -149,7 +149,7 @@ def _describe(model: ir.Model, component: Component, states: dict[str, State]) -
     for name, source in component.sources.items():
         if source.kind == "state" and name in read:
             axes = component.axes[name]
-            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes, "past")
+            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes)
     outputs = []
     for value in model.graph.outputs:
         name = value.name or ""

@@ -94,7 +94,7 @@ def describe_program(
     for name, source in component.sources.items():
         if source.kind == "state":
             axes = component.axes[name]
-            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes, "past")
+            states[source.name or ""] = as_state(source.name or "", component.sample[name], axes)
     with torch.no_grad():
         results = component.module(**component.sample)
     outputs = tuple(

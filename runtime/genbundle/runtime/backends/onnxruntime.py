@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
-from genbundle.bundles.manifest import Flow
+from genbundle.bundles.manifest import CAPACITY, Program
 from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.program import Tensor
 
@@ -59,10 +59,11 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        once = name not in _repeated(self._bundle.manifest.flow)
-        if once and "language_model" in entry.roles and entry.precision == "fp32":
-            # A repacked copy of every weight for one pass per prompt: the mapped ones serve it as fast. Those in blocks
-            # of a few bits would be unpacked to float32 in each call.
+        # What it holds back for later calls is as large as the largest prompt's work, and no step is faster for it.
+        options.enable_cpu_mem_arena = False
+        if entry.precision == "fp32":
+            # A repacked copy of every weight in memory: steps are as fast with the mapped ones, and prompts nearly.
+            # Those in blocks of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
         file, provider = self._bundle.file(entry.file), _PROVIDERS[self.device]
         self._check_files(entry.file)
@@ -77,7 +78,7 @@ class OnnxRuntimeBackend:
                 f"{', '.join(session.get_providers())}: check the GPU's driver, CUDA and cuDNN, or load the bundle "
                 "with device='cpu'"
             )
-        return OnnxProgram(ort, session, name, self.device)
+        return OnnxProgram(ort, session, name, self.device, _in_place(entry))
 
     def _check_files(self, program: str) -> None:
         """BundleError for a program that reads a file which the manifest doesn't list, wherever it is."""
@@ -93,32 +94,42 @@ class OnnxRuntimeBackend:
                 raise BundleError(f"{file}: reads the file {name!r}, which the manifest doesn't list")
 
 
-def _repeated(flow: Flow) -> set[str]:
-    """The programs that run for each token."""
-    return {*flow.step, *(route.programs[-1] for route in flow.prompt if route.one_by_one)}
+def _in_place(entry: Program) -> dict[str, str]:
+    """The outputs that are written into the tensor of an input: output -> input."""
+    buffers = {item.source.name: item.name for item in entry.inputs if CAPACITY in item.shape}
+    return {output.name: buffers[output.state] for output in entry.outputs if output.state in buffers}
 
 
 class OnnxProgram:
-    """One session: numpy arrays or OrtValues in, OrtValues out."""
+    """One session: numpy arrays or OrtValues in, OrtValues out.
 
-    def __init__(self, onnxruntime: Any, session: Any, name: str, device: str):
+    in_place: as `_in_place` returns it; such an output is the very tensor that went in.
+    """
+
+    def __init__(self, onnxruntime: Any, session: Any, name: str, device: str, in_place: Mapping[str, str]):
         self._value = onnxruntime.OrtValue
-        self.session, self.name, self._device = session, name, device
+        self.session, self.name, self._device, self._in_place = session, name, device, in_place
         self.outputs = [output.name for output in session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
         try:
             binding = self.session.io_binding()
-            for name, tensor in inputs.items():
-                binding.bind_ortvalue_input(name, self._to_engine(tensor))
+            given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
+            for name, tensor in given.items():
+                binding.bind_ortvalue_input(name, tensor)
+            written = {name: given[source] for name, source in self._in_place.items()}
             # Unbound outputs come back to the CPU: state would cross the bus twice a step.
             for name in self.outputs:
-                binding.bind_output(name, self._device)
+                if name in written:
+                    binding.bind_ortvalue_output(name, written[name])
+                else:
+                    binding.bind_output(name, self._device)
             self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed in the program {self.name!r}: {error}") from error
-        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        # What was bound as an output comes back as another handle, which doesn't keep a numpy array's memory.
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True)) | written
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):

@@ -1,0 +1,69 @@
+"""State that is written in place: buffers with room, grown now and then, and exact tensors for whoever wants those."""
+
+import numpy as np
+import pytest
+from tests.bundles.samples import CONTENT, manifest, program
+
+from genbundle.bundles import BundleError
+from genbundle.bundles.manifest import CAPACITY, File, Input, Manifest, Output, Program, Source, State
+from genbundle.runtime import state
+
+ENTRY = State(name="0.key", dtype="float32", shape=("batch", 2, CAPACITY, 8), axis=2)
+
+
+def written(made: state.State, new: int) -> None:
+    """Stand for a program that writes `new` tokens, each its number, into the buffer."""
+    buffer = made.buffer("0.key", new, np.asarray)
+    places = np.arange(made.length, made.length + new)
+    buffer[:, :, places] = places[:, None]
+    made.update({"present": buffer}, {"present": "0.key"}, {"0.key"})
+    made.length += new
+
+
+@pytest.mark.parametrize("most", [None, 1000])
+def test_a_buffer_keeps_what_was_written_when_it_grows(most):
+    made, sizes = state.State((ENTRY,), 1, most), set()
+    written(made, 5)
+    for _ in range(900):
+        written(made, 1)
+        sizes.add(made.tensors["0.key"].shape[2])
+    exact = made.exact("0.key", np.asarray)
+    assert exact.shape == (1, 2, 905, 8) and (exact[0, 1, :, 3] == np.arange(905)).all()
+    assert len(sizes) < 5, "a copy for every few tokens"
+    assert most is None or max(sizes) <= most
+
+
+def test_a_buffer_begins_with_what_a_program_for_prompts_gave():
+    made = state.State((ENTRY,), 1)
+    made.update({"present": np.full((1, 2, 7, 8), 3.0, np.float32)}, {"present": "0.key"}, ())
+    made.length = 7
+    assert made.exact("0.key", np.asarray).shape[2] == 7
+    written(made, 1)
+    assert made.exact("0.key", np.asarray)[0, 0, :, 0].tolist() == [3.0] * 7 + [7.0]
+
+
+def test_as_much_room_as_is_needed_where_the_length_is_known():
+    made = state.State((ENTRY,), 1, 6)
+    written(made, 5)
+    assert made.tensors["0.key"].shape[2] == 6
+
+
+KEYS = Source(kind="state", name="0.key")
+PAST = Input(name="past", dtype="float32", shape=("batch", 2, CAPACITY, 8), source=KEYS)
+WRONG = {
+    "no output": {"outputs": (Output(name="logits", dtype="float32", shape=("batch", 1, 50)),)},
+    "another axis": {"inputs": (Input(name="past", dtype="float32", shape=("batch", CAPACITY, 2, 8), source=KEYS),)},
+    "no state": {"inputs": (Input(name="i", dtype="int64", shape=(1, CAPACITY), source=Source(kind="tokens")),)},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_a_manifest_whose_buffer_is_no_state_of_the_program_is_refused(changes):
+    assert Manifest.from_json(_with(program(inputs=(PAST,))))
+    with pytest.raises(BundleError, match="grows along that axis"):
+        Manifest.from_json(_with(program(**{"inputs": (PAST,)} | changes)))
+
+
+def _with(entry: Program) -> str:
+    listed = {name: File(size=1, sha256="0" * 64) for name in CONTENT}
+    return manifest(programs=(entry,), files=listed).to_json()
