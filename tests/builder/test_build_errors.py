@@ -19,15 +19,31 @@ from genbundle.bundles import BuildError, InputError, UnsupportedModelError, Ver
 
 
 class Mystery(hf.LlamaForCausalLM):
-    """A decoder that takes an argument for which no rule is known."""
+    """A decoder that takes an argument for which no rule is known: what its generate makes of the prompt."""
+
+    secret = 0.0
+
+    def generate(self, input_ids=None, **kwargs):
+        self.secret = float(input_ids.sum()) / 100
+        return super().generate(input_ids, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        return {**super().prepare_inputs_for_generation(*args, **kwargs), "mystery": torch.rand(1, 1)}
+        mystery = torch.full((1, 1), self.secret)
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "mystery": mystery}
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, mystery=None, **kwargs):
         output = super().forward(input_ids, attention_mask, position_ids, **kwargs)
         if mystery is not None:
             output.logits = output.logits * (1 + mystery)
+        return output
+
+
+class Dice(hf.LlamaForCausalLM):
+    """Draws at random in its forward, as models do that take samples of a sound's features."""
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits + torch.rand_like(output.logits)
         return output
 
 
@@ -96,6 +112,11 @@ def test_unexplained_input_is_named(tmp_path):
     with pytest.raises(UnsupportedModelError, match="Mystery: the decoder's step input 'mystery' has no explanation"):
         build_bundle(tiny_llama(Mystery), output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_model_draws_at_random_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="Dice: generate gives other logits for the same inputs each time"):
+        build_bundle(tiny_llama(Dice), output=tmp_path / "b", progress=False)
 
 
 def test_option_that_is_not_replayed(tmp_path):

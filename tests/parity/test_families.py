@@ -33,6 +33,7 @@ CASES = [
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),
+    ("RwkvForCausalLM", "torch"),  # one sequence alone
     ("MptForCausalLM", "cpu"),
     ("xLSTMForCausalLM", "torch"),
     ("MarianMTModel", "cpu"),
@@ -115,6 +116,16 @@ def test_a_prompt_with_a_picture_that_is_too_short_isnt_taken_for_text(loaded):
     arrays = {key: value.numpy() for key, value in shrink.variants(name, model)["check"][0].items()}
     with pytest.raises(InputError, match="this bundle takes such prompts of 500 and more"):
         wiring.prompt(arrays)
+
+
+def test_a_model_that_mixes_the_rows_of_a_batch_takes_none(loaded):
+    model, bundle = shrink.make("RwkvForCausalLM"), loaded("RwkvForCausalLM", "torch")
+    ids = torch.arange(10, 20).reshape(2, 5)
+    with torch.no_grad():
+        together, alone = (model.generate(each, max_new_tokens=6, do_sample=False)[:1] for each in (ids, ids[:1]))
+    assert not torch.equal(together, alone)
+    with pytest.raises(InputError, match="the batch has 2 sequences, this bundle takes 1"):
+        bundle.generate(input_ids=ids.numpy(), max_new_tokens=6)
 
 
 def test_an_encoder_decoder_goes_on_from_given_tokens(loaded):

@@ -373,6 +373,9 @@ def _codebooks(model: PreTrainedModel, length: int, size: int, seed: int) -> Inp
 
 WHOLE["MusicgenForCausalLM"] = WHOLE["MusicgenMelodyForCausalLM"] = _codebooks
 SINGLE |= {"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}
+# Its step mixes the rows of a batch: what eager gives them together isn't the model's answer to any of them, and its
+# bundle refuses more than one. Two prompts of different lengths check it.
+SINGLE.add("RwkvForCausalLM")
 WHOLE["Pix2StructForConditionalGeneration"] = _pix2struct
 _PICTURES["Gemma4ForConditionalGeneration"] = _PICTURES["Gemma4UnifiedForConditionalGeneration"] = _gemma4
 _PICTURES["Emu3ForConditionalGeneration"] = _emu3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from genbundle.builder.components import Component
+from genbundle.builder.components import Component, one_sequence
 from genbundle.builder.encoder_decoder import encoder_decoder_components
 from genbundle.builder.experts import dense_experts
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
@@ -53,6 +53,8 @@ def _explicit(
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
     components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
+    if all(len(item.inputs.get("input_ids", ())) == 1 for item in captures):  # rows.one_at_a_time
+        components = [one_sequence(component) for component in components]
     components = [replace(component, longest=capacity) for component in components]
     if flow.chunk is not None and precisions.language_model != "fp32":
         flow = replace(flow, chunk=SMALL_CHUNK)

@@ -22,6 +22,7 @@ from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, 
 from genbundle.builder.precision import Precisions, parse_precision
 from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
+from genbundle.builder.rows import mixes_rows, one_at_a_time
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
 from genbundle.builder.verify import new_tokens, record, taken_by, verify_staged
 from genbundle.builder.weights import unique_bytes
@@ -100,6 +101,8 @@ def build_bundle(
                 limits = limits_of(eager, backend, max_length)
                 given = given or from_processor(eager, loaded.processor)
                 samples = make_samples(eager, given, limits)
+                if mixes_rows(eager, samples):
+                    samples = one_at_a_time(samples)
                 export = partial(_export, loaded, samples, settings, precisions, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out | reaching(eager, given, samples, manifest, limits)
@@ -163,6 +166,9 @@ def _export(
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
         images = describe_images(loaded.processor, model.config)
+    flow = replace(exported.flow, restart=limits.restart)
+    if samples.alone:
+        flow = replace(flow, batch=1, alone=True)
     token = feature_token(model, captures)
     if token is not None and images is None:
         images = Images(input="pixel_values", reason="the bundle was built without the model's processor")
@@ -180,7 +186,7 @@ def _export(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             weight_bytes=exported.weight_bytes or unique_bytes(model),
         ),
-        flow=replace(exported.flow, restart=limits.restart),
+        flow=flow,
         programs=exported.programs,
         state=exported.state,
         weights=exported.weights,

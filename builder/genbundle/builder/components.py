@@ -1,7 +1,7 @@
 """What the builder exports: named modules with flat tensor inputs and outputs, and where each input comes from."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -89,6 +89,29 @@ def needed_inputs(
             if same_tensors(found, expected):
                 kept = without
     return kept
+
+
+def one_sequence(component: Component) -> Component:
+    """`component` for one sequence: its batch axes are 1, and what its sample has one of is fixed."""
+
+    def row(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for axis, symbol in component.axes.get(name, {}).items():
+            if symbol == "batch":
+                tensor = tensor.narrow(axis, 0, 1)
+        return tensor.contiguous()
+
+    sample = {name: row(name, tensor) for name, tensor in component.sample.items()}
+    single = {
+        symbol
+        for name, each in component.axes.items()
+        for axis, symbol in each.items()
+        if name in sample and sample[name].shape[axis] == 1
+    }
+    axes = {
+        name: {axis: symbol for axis, symbol in each.items() if symbol not in {"batch", *single}}
+        for name, each in component.axes.items()
+    }
+    return replace(component, sample=sample, axes=axes)
 
 
 def runs(component: Component) -> bool:

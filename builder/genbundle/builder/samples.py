@@ -22,7 +22,7 @@ _PAST_WINDOW = 5  # how far a held-out prompt goes beyond a sliding window
 _PAST_LEAST = 3  # and beyond the fewest tokens that a program takes
 _LONG = 200  # tokens of the held-out prompt that is to show what a model does otherwise from some length on
 # The steps may be masked otherwise than the prompt.
-_FIRST_LOGITS: dict[str, Any] = {
+FIRST_LOGITS: dict[str, Any] = {
     "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True
 }  # fmt: skip
 _LONGEST_SAMPLE = 1100  # tokens of a held-out prompt: eager runs it too
@@ -30,10 +30,14 @@ _LONGEST_SAMPLE = 1100  # tokens of a held-out prompt: eager runs it too
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """capture: what is traced from, each with a padded batch among them. held_out: name -> inputs never traced."""
+    """capture: what is traced from, with a padded batch among them. held_out: name -> inputs never traced.
+
+    alone: each is one sequence, since the model's own generation mixes those of a batch.
+    """
 
     capture: list[Inputs]
     held_out: dict[str, Inputs]
+    alone: bool = False
 
 
 def as_inputs(inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Inputs]:
@@ -340,7 +344,7 @@ def generates_from_text_alone(model: PreTrainedModel) -> bool:
     padded = left_padded([alone, maker.text(6)], padding_token(model))
     try:
         with quiet(), torch.no_grad():
-            logits = [torch.stack(generate(**inputs, **_FIRST_LOGITS).logits)[:, 0] for inputs in (alone, padded)]
+            logits = [torch.stack(generate(**inputs, **FIRST_LOGITS).logits)[:, 0] for inputs in (alone, padded)]
     except MODEL_ERRORS:
         return False
     return torch.allclose(*logits, rtol=1e-3, atol=1e-3)

@@ -120,7 +120,8 @@ class Route:
 class Flow:
     """How the programs make a generation: one of the `prompt` routes, then `step` for every further token.
 
-    batch: the most sequences that one call of the programs takes; None for any number. continues: the step's programs
+    batch: the most sequences that one call of the programs takes; None for any number. alone: more than `batch` are
+    refused, since the original model answers a sequence otherwise in a batch than alone. continues: the step's programs
     take several new tokens after a past, so that a prompt may be continued. capacity: the most tokens (prompt and
     generated) that the state holds; None when only the model's own limit stands. restart: a sequence of so many tokens
     is run again as a whole, from an empty state, with the next token; None for models that don't need it. chunk: a
@@ -131,6 +132,7 @@ class Flow:
     prompt: tuple[Route, ...]
     step: tuple[str, ...]
     batch: int | None = field(default=None, metadata=_FROM_1)
+    alone: bool = False
     continues: bool = False
     capacity: int | None = field(default=None, metadata=_FROM_1)
     restart: int | None = field(default=None, metadata=_FROM_1)

@@ -32,7 +32,7 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: Gene
         raise InputError("attention_mask: expected 0 or 1, with at least one 1 in every row")
     if not mask[:, -1].all():
         raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
-    _check_capacity(ids, manifest)
+    _check_room(ids, manifest)
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
@@ -66,7 +66,7 @@ def _complete_encoder_inputs(
     _check_ids("decoder_input_ids", tokens)
     if (tokens[:, 0] != start).all():
         tokens = np.concatenate([np.full((len(tokens), 1), start), tokens], axis=1)
-    _check_capacity(tokens, manifest)
+    _check_room(tokens, manifest)
     integers = {name: array.astype(np.int64) for name, array in arrays.items() if array.dtype.kind in "iub"}
     return {**arrays, **integers, "decoder_input_ids": tokens.astype(np.int64)}
 
@@ -78,8 +78,13 @@ def _check_ids(name: str, ids: np.ndarray) -> None:
         raise InputError(f"{name}: expected token ids of at least 0, got {int(ids.min())}")
 
 
-def _check_capacity(ids: np.ndarray, manifest: Manifest) -> None:
-    capacity = manifest.flow.capacity
+def _check_room(ids: np.ndarray, manifest: Manifest) -> None:
+    capacity, batch = manifest.flow.capacity, manifest.flow.batch
+    if manifest.flow.alone and batch is not None and len(ids) > batch:
+        raise InputError(
+            f"the batch has {len(ids)} sequences, this bundle takes {batch}: the original model mixes the sequences of "
+            "a batch with each other, so that together they'd be answered otherwise: generate them one after another"
+        )
     if capacity is not None and ids.shape[1] >= capacity:
         raise InputError(
             f"the prompt has {ids.shape[1]} tokens, this bundle holds {capacity} (prompt and generated): shorten it, "

@@ -57,7 +57,7 @@ def _overview(bundle: Bundle) -> Iterable[tuple[str, str]]:
     yield "precision", ", ".join([manifest.precision, *(f"{name} {other}" for name, other in others.items())])
     held = "as many tokens as fit" if flow.capacity is None else f"up to {flow.capacity} tokens, prompt and generated"
     batch = {None: "any batch", 1: "one sequence at a time"}.get(flow.batch, f"batches up to {flow.batch}")
-    yield "holds", f"{held}; {batch}"
+    yield "holds", f"{held}; {'one sequence, no batches' if flow.alone else batch}"
     yield "state", _state(manifest)
     yield "text", _text(manifest)
     yield "pictures", _pictures(manifest)

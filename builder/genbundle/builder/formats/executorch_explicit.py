@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from genbundle.builder.components import Component
+from genbundle.builder.components import Component, one_sequence
 from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.formats import Exported, Progress, lower_each
 from genbundle.builder.formats.executorch import at_precision
@@ -77,29 +77,6 @@ def export_explicit(
         kept |= rounding.kept
     notes.extend(kept_note(kept))
     return Exported(programs=tuple(programs), state=tuple(states.values()), notes=tuple(notes))
-
-
-def one_sequence(component: Component) -> Component:
-    """`component` for one sequence: its batch axes are 1, and what its sample has one of is fixed."""
-
-    def row(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        for axis, symbol in component.axes.get(name, {}).items():
-            if symbol == "batch":
-                tensor = tensor.narrow(axis, 0, 1)
-        return tensor.contiguous()
-
-    sample = {name: row(name, tensor) for name, tensor in component.sample.items()}
-    single = {
-        symbol
-        for name, each in component.axes.items()
-        for axis, symbol in each.items()
-        if name in sample and sample[name].shape[axis] == 1
-    }
-    axes = {
-        name: {axis: symbol for axis, symbol in each.items() if symbol not in {"batch", *single}}
-        for name, each in component.axes.items()
-    }
-    return replace(component, sample=sample, axes=axes)
 
 
 def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, int]:
