@@ -60,6 +60,7 @@ CASES = [
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     ("Blip2ForConditionalGeneration", "torch"),
+    ("BlipForConditionalGeneration", "torch"),  # its generate changes the prompt's tokens, and a cache of two kinds
     ("Kosmos2ForConditionalGeneration", "cpu"),  # a projector with attention of the decoder's config
     ("Florence2ForConditionalGeneration", "torch"),
     # Cross-attention to a picture beside the tokens' own.
@@ -126,6 +127,27 @@ def test_a_model_that_mixes_the_rows_of_a_batch_takes_none(loaded):
     assert not torch.equal(together, alone)
     with pytest.raises(InputError, match="the batch has 2 sequences, this bundle takes 1"):
         bundle.generate(input_ids=ids.numpy(), max_new_tokens=6)
+
+
+def test_a_prompt_that_the_models_own_generate_changes(loaded):
+    name = "BlipForConditionalGeneration"
+    model, bundle = shrink.make(name), loaded(name, "torch")
+    edit, config = bundle.bundle.manifest.generation.prompt_edit, model.config.text_config
+    assert (edit.first, edit.dropped) == (config.bos_token_id, 1)
+    assert bundle.bundle.manifest.generation.eos_token_ids == (config.sep_token_id,)
+    inputs = {key: value[:1] for key, value in shrink.variants(name, model)["check"][0].items()}
+    ids = inputs["input_ids"].clone()
+    ids[0, :2] = model.generation_config.pad_token_id  # the first of them becomes a token: the default mask knows
+    for mask in ({}, {"attention_mask": (ids > 9).long()}):
+        given = {**inputs, "input_ids": ids} | mask
+        given = given if mask else {key: value for key, value in given.items() if key != "attention_mask"}
+        with torch.no_grad():
+            expected = model.generate(**{k: v.clone() for k, v in given.items()}, max_new_tokens=6, do_sample=False)
+        arrays = {key: value.numpy() for key, value in given.items()}
+        found = bundle.generate(**arrays, max_new_tokens=6, do_sample=False).sequences
+        np.testing.assert_array_equal(found, expected.numpy())
+    with pytest.raises(InputError, match="the prompt has 1 tokens, of which this model leaves out the last 1"):
+        bundle.generate(input_ids=ids[:, :1].numpy(), pixel_values=inputs["pixel_values"].numpy())
 
 
 def test_an_encoder_decoder_goes_on_from_given_tokens(loaded):

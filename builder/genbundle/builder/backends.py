@@ -15,7 +15,7 @@ from genbundle.builder.formats import Exported
 from genbundle.builder.formats.onnx import export_onnx
 from genbundle.builder.fused import decoder_components
 from genbundle.builder.generation_config import describe_generation
-from genbundle.builder.inner import capture_calls
+from genbundle.builder.inner import capture_calls, inner_turn_components
 from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.precision import Precisions
 from genbundle.builder.programs import SMALL_CHUNK
@@ -35,9 +35,12 @@ def _components(
     try:
         return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
     except UnsupportedModelError as error:
-        if any(item.inner is not None or "mm_encoder_outputs" in item.prompt for item in captures):
+        if any("mm_encoder_outputs" in item.prompt for item in captures):
             raise
-        components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
+        if captures[0].inner is None:
+            components, flow, notes = turn_components(model, [item.inputs for item in captures], error)
+        else:
+            components, flow, notes = inner_turn_components(model, captures, error)
         return components, replace(flow, capacity=capacity), notes
 
 

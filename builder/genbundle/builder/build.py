@@ -16,7 +16,7 @@ from genbundle.builder.backends import EXPORTERS, OTHERWISE
 from genbundle.builder.exporting import first_line
 from genbundle.builder.formats import Exported
 from genbundle.builder.image_text import feature_token
-from genbundle.builder.inner import capture_calls
+from genbundle.builder.inner import capture_calls, observed_generation
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, settings_of
 from genbundle.builder.precision import Precisions, parse_precision
@@ -160,6 +160,7 @@ def _export(
     generation = describe_generation(model)
     announce("capture")
     captures = capture_calls(model, samples.capture)
+    generation = observed_generation(generation, captures)
     announce("explain")
     exported = exporter(model, captures, limits.capacity, folder, announce, precisions=precisions)
     text = images = None

@@ -7,8 +7,8 @@ Pictures and sounds go in with the prompt; what the model makes of them is state
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,8 +89,16 @@ class Turn(torch.nn.Module):
         return result
 
 
+@dataclass(frozen=True)
+class Outer:
+    """A generate around the model's own: what the user gives it, and the prompt's module that begins there."""
+
+    samples: Sequence[Inputs]
+    prompt: Callable[[Turn], torch.nn.Module]
+
+
 def turn_components(
-    model: PreTrainedModel, samples: Sequence[Inputs], why: UnsupportedModelError
+    model: PreTrainedModel, samples: Sequence[Inputs], why: UnsupportedModelError, outer: Outer | None = None
 ) -> tuple[list[Component], Flow, tuple[str, ...]]:
     """Programs of the model's own loop, how they are called, and what to know of them.
 
@@ -111,7 +119,7 @@ def turn_components(
             step = Turn(model, template(runs[0].calls[1]) | left_out, kept, numbers, kept, ids=ids, begins=False).eval()
             wrong = _differs(begin, step, runs)
             if wrong is None and media:
-                return _with_media(model, begin, step, samples)
+                return _with_media(model, begin, step, samples, outer)
             if wrong is None:
                 return *_carrying(begin, step, _padding_counts(begin, runs)), ()
             reasons.append(wrong)
@@ -173,24 +181,30 @@ def _padding_counts(begin: Turn, runs: Sequence[Run]) -> bool:
 
 
 def _with_media(
-    model: PreTrainedModel, begin: Turn, step: Turn, samples: Sequence[Inputs]
+    model: PreTrainedModel, begin: Turn, step: Turn, samples: Sequence[Inputs], outer: Outer | None
 ) -> tuple[list[Component], Flow, tuple[str, ...]]:
     """Programs for a prompt with pictures or sounds, and for every further token."""
+    module, media = begin, begin.media
+    if outer is not None:
+        module, samples = outer.prompt(begin), outer.samples
+        media = tuple(name for name in samples[0] if name not in TEXT_INPUTS)
     ids = [sample["input_ids"] for sample in samples]
     known = {tuple(each.shape[axis] for each in ids): name for axis, name in ((1, "sequence"), (0, "batch"))}
-    names = (*(("attention_mask",) if "attention_mask" in begin.template else ()), *begin.media)
+    names = (*(("attention_mask",) if "attention_mask" in begin.template else ()), *media)
     given = [{"input_ids": sample["input_ids"], **{name: sample[name] for name in names}} for sample in samples]
     text = _component(begin, new=_PROMPT, past=0)
     prompt = replace(
         text,
         name="prompt",
+        module=module,
         roles=("encoder", "projector", *text.roles),
         sample=given[0],
         axes={**text.axes, **name_axes(given, known)},
-        sources={**text.sources, **{name: Source(kind="user", name=name) for name in begin.media}},
+        sources={**text.sources, **{name: Source(kind="user", name=name) for name in media}},
     )
-    route = Route(programs=("prompt",), needs=tuple(sorted(begin.media)))
-    notes = ("prompts of text alone are refused",) if generates_from_text_alone(model) else ()
+    route = Route(programs=("prompt",), needs=tuple(sorted(media)))
+    alone = outer is None and generates_from_text_alone(model)
+    notes = ("prompts of text alone are refused",) if alone else ()
     return [prompt, _component(step, new=1, past=PAST)], Flow(prompt=(route,), step=("decode",)), notes
 
 

@@ -169,6 +169,16 @@ class Timestamps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEdit:
+    """What the model's own generate makes of a prompt's tokens before it goes on from them: without the last `dropped`,
+    and with `first` in the place of each row's first, unless that is None. The sequences begin with what it made.
+    """
+
+    first: int | None = None
+    dropped: int = field(default=0, metadata={"minimum": 0})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """What the model's own generation config asks for; a caller's options win over `options`.
 
@@ -184,6 +194,7 @@ class Generation:
     options: dict[str, Any] = field(default_factory=dict)
     prefix: tuple[PrefixToken, ...] = ()
     timestamps: Timestamps | None = None
+    prompt_edit: PromptEdit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

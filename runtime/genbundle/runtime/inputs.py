@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import InputError, Manifest
+from genbundle.bundles.manifest import PromptEdit
 from genbundle.runtime.sampling import GenerationOptions
 
 # What every text model takes; `decoder_input_ids` belongs to an encoder-decoder.
@@ -25,6 +26,11 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: Gene
     if ids is None:
         raise InputError("generation needs input_ids [batch, length], a prompt, or messages")
     _check_ids("input_ids", ids)
+    edit, given = manifest.generation.prompt_edit, arrays.get("attention_mask")
+    if edit is not None:
+        ids = _edited(ids, edit)
+        if given is not None and given.ndim == 2:
+            arrays["attention_mask"] = given[:, : given.shape[1] - edit.dropped]
     mask = arrays.setdefault("attention_mask", _default_mask(ids, options))
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
@@ -34,6 +40,19 @@ def complete_inputs(inputs: Mapping[str, Any], manifest: Manifest, options: Gene
         raise InputError("attention_mask: pad prompts on the left; the last token of every row must be attended to")
     _check_room(ids, manifest)
     return {**arrays, "input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+
+
+def _edited(ids: np.ndarray, edit: PromptEdit) -> np.ndarray:
+    """What the model's own generate makes of the prompt's tokens."""
+    kept = ids.shape[1] - edit.dropped
+    if kept < 1:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, of which this model leaves out the last {edit.dropped}"
+        )
+    ids = ids[:, :kept].copy()
+    if edit.first is not None:
+        ids[:, 0] = edit.first
+    return ids
 
 
 def _as_array(name: str, value: Any) -> np.ndarray:
