@@ -24,8 +24,8 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(bundle_folder: Path) -> Callable[..., Bundle]:
     """`bundle(name, backend="cpu")`: the bundle of the tiny model `name` in tests/zoo/models.py.
 
-    `name` may also be a class in tests/zoo/shrink.py, "chat" (a llama with a tokenizer and a chat template) or "demo"
-    (the embedded image-text model).
+    `name` may also be a class in tests/zoo/shrink.py, "chat" (a llama with a tokenizer and a chat template), either
+    with "chat-" in front (the same with a tokenizer), or "demo" (the embedded image-text model).
     A failed build fails every test that asks for it, and is tried once.
     """
 
@@ -67,12 +67,13 @@ def _build(name: str, backend: str, path: Path) -> Bundle:
         from genbundle.builder.demo.show import MODEL, sample_inputs
 
         return build_bundle(MODEL, sample_inputs(), backend, output=path, progress=False)
-    if name == "chat":
-        processor = tokenizers.chat_tokenizer(models.VOCABULARY)
-        return build_bundle(models.make("llama"), None, backend, processor=processor, output=path, progress=False)
+    with_tokenizer, name = name.startswith("chat"), "llama" if name == "chat" else name.removeprefix("chat-")
+    model = shrink.make(name) if name in shrink.CLASSES else models.make(name)
+    vocabulary = model.config.get_text_config().vocab_size
+    processor = tokenizers.chat_tokenizer(vocabulary) if with_tokenizer else None
     if name in shrink.CLASSES:
-        model = shrink.make(name)
         inputs = shrink.variants(name, model)
-        room = coverage.room_for(inputs)
-        return build_bundle(model, inputs["build"], backend, output=path, max_length=room, progress=False)
-    return build_bundle(models.make(name), models.samples(name), backend, output=path, progress=False)
+        samples, room = inputs["build"], coverage.room_for(inputs)
+    else:
+        samples, room = models.samples(name), None
+    return build_bundle(model, samples, backend, processor=processor, output=path, max_length=room, progress=False)

@@ -20,9 +20,10 @@ from genbundle.builder.plan import Capture, make_plan
 from genbundle.builder.precision import Precisions
 from genbundle.builder.programs import SMALL_CHUNK
 from genbundle.builder.samples import padded_single
+from genbundle.builder.stock_runners import MULTIMODAL_RUNNER, SEQ2SEQ_RUNNER, TEXT_RUNNER
 from genbundle.builder.turns import turn_components
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Flow
+from genbundle.bundles.manifest import Flow, Runner
 from genbundle.runtime.inputs import TEXT_INPUTS
 
 
@@ -126,11 +127,14 @@ def _state_outside(
         why = error if own else f"its code fails for one sequence: {type(error).__name__}: {first_line(error)}"
         raise UnsupportedModelError(f"{why}; nor can its state be kept inside the program: {refusal}") from error
     exported = _with_flow(exported, replace(flow, batch=1), notes)
+    media = any(route.needs for route in exported.flow.prompt)
+    name = SEQ2SEQ_RUNNER if model.config.is_encoder_decoder else MULTIMODAL_RUNNER if media else TEXT_RUNNER
+    runner = Runner(name=name, obstacle="its methods take and return the state, which the runner leaves inside them")
     note = (
         "every call takes the whole state and returns it, which ExecuTorch's own runners don't do: "
         f"it can't be kept inside the program ({refusal})"
     )
-    return replace(exported, notes=(note, *exported.notes))
+    return replace(exported, notes=(note, *exported.notes), runners=(runner,))
 
 
 def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Capture]:

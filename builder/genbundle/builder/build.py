@@ -24,7 +24,8 @@ from genbundle.builder.processing import describe_generation, describe_images, d
 from genbundle.builder.progress import show_progress
 from genbundle.builder.rows import mixes_rows, one_at_a_time
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
-from genbundle.builder.verify import new_tokens, record, taken_by, verify_staged
+from genbundle.builder.stock_runners import asking, tried_runners
+from genbundle.builder.verify import NEW_TOKENS, new_tokens, record, taken_by, verify_staged
 from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
@@ -106,6 +107,8 @@ def build_bundle(
                 export = partial(_export, loaded, samples, settings, precisions, limits, writer.path, announce)
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out | reaching(eager, given, samples, manifest, limits)
+                room = None if limits.capacity is None else limits.capacity - NEW_TOKENS
+                held_out |= asking(eager, manifest, writer.path, room)
                 cases = [
                     record(eager, name, inputs, new_tokens(inputs, limits, lossy=precisions.lossy))
                     for name, inputs in (held_out.items() if settings.verify else ())
@@ -176,7 +179,7 @@ def _export(
     if token is not None and images is not None and images.token_id is None:
         images = replace(images, token_id=token)
     model.config.to_json_file(folder / "config.json", use_diff=False)
-    return Manifest(
+    manifest = Manifest(
         format=FORMAT,
         version=FORMAT_VERSION,
         backend=settings.backend,  # pyright: ignore[reportArgumentType]
@@ -196,9 +199,11 @@ def _export(
         images=images,
         files={},
         notes=exported.notes,
+        runners=exported.runners,
         packages=_packages(settings.backend, precisions),
         settings=asdict(settings),
     )
+    return replace(manifest, runners=tried_runners(manifest, folder))
 
 
 def _packages(backend: str, precisions: Precisions) -> dict[str, str]:

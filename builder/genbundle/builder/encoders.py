@@ -110,12 +110,10 @@ def encoder_component(
 ) -> Component:
     """The encoder program of `modality`, giving `features`; UnsupportedModelError where neither seam gives them."""
     name = f"{modality}_encoder"
-    getter = getattr(model.base_model, f"get_{modality}_features", None) or getattr(
-        model, f"get_{modality}_features", None
-    )
+    getter = feature_getter(model, modality)
     if getter is None:
         raise UnsupportedModelError(f"{type(model).__name__}: no get_{modality}_features to make the {name} of")
-    given = [_encoder_inputs(getter, capture) for capture in captures]
+    given = [encoder_inputs(getter, capture) for capture in captures]
     wanted = []
     for inputs, capture in zip(given, captures, strict=True):
         # Modules are told by exactly what they give, and a capture may come from another way to compute experts.
@@ -146,6 +144,12 @@ def encoder_component(
     )
 
 
+def feature_getter(model: PreTrainedModel, modality: str) -> Callable[..., Any] | None:
+    """The model's own `get_<modality>_features`; None without one."""
+    name = f"get_{modality}_features"
+    return getattr(model.base_model, name, None) or getattr(model, name, None)
+
+
 def _run(getter: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
     return getter(**inputs, return_dict=True)
 
@@ -164,7 +168,8 @@ def _getter_module(
     return FeatureGetter(model, getter, features)
 
 
-def _encoder_inputs(getter: Callable[..., Any], capture: Capture) -> dict[str, torch.Tensor]:
+def encoder_inputs(getter: Callable[..., Any], capture: Capture) -> dict[str, torch.Tensor]:
+    """The generation inputs that the getter takes."""
     return {key: capture.inputs[key] for key in inspect.signature(getter).parameters if key in capture.inputs}
 
 

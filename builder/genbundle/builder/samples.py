@@ -259,11 +259,11 @@ def _make_samples(model: PreTrainedModel, given: list[Inputs], limits: Limits) -
     if len(first) == 2:
         # A tracer may take what holds for the prompts that it is shown to hold for any.
         shortest = {"one token": maker.text(1), "short prompt": maker.text(3)}
-        held_out |= {name: inputs for name, inputs in shortest.items() if _generates(model, inputs)}
+        held_out |= {name: inputs for name, inputs in shortest.items() if generates(model, inputs)}
     if generates_from_text_alone(model) and len(first) > 2:
         held_out["text alone"] = maker.text(11)
     both = _one_after_another(first, last, per_token([first, last]))
-    if both is not None and _generates(model, both):
+    if both is not None and generates(model, both):
         held_out["two pictures"] = both
     if single:
         # Content of another size can't always share a batch.
@@ -310,7 +310,7 @@ def padded_single(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
     single, rows = samples[-1], per_token(samples)
     # The same content twice wouldn't show which of the two something is made of.
     twice = _one_after_another(single, SampleMaker(model, samples).other_content(single), rows)
-    sample = single if twice is None or not _generates(model, twice) else twice
+    sample = single if twice is None or not generates(model, twice) else twice
     pad = padding_token(model)
     return {
         name: torch.nn.functional.pad(
@@ -322,7 +322,7 @@ def padded_single(model: PreTrainedModel, samples: Sequence[Inputs]) -> Inputs:
     }
 
 
-def _generates(model: PreTrainedModel, inputs: Inputs) -> bool:
+def generates(model: PreTrainedModel, inputs: Inputs) -> bool:
     """Whether eager generation takes these inputs."""
     generate: Any = model.generate
     try:

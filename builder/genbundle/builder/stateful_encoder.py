@@ -1,12 +1,14 @@
-"""The image encoder as the ExecuTorch runtimes call it: positional inputs, one picture (or frame) at a time.
+"""The encoder of pictures or sound as the ExecuTorch runtimes call it: positional inputs, one picture at a time.
 
-Two kinds. Pictures of one size, `[pictures, C, H, W]`: one row per call. Packed patches, `[patches, ...]` with offsets
-`cu_seqlens` between frames: the rows of one frame per call, which attend to one another and to no others.
+Two kinds. Pictures of one size, `[pictures, C, H, W]`, and sounds of one length, `[sounds, bins, frames]`: one row per
+call. Packed patches, `[patches, ...]` with offsets `cu_seqlens` between frames: the rows of one frame per call, which
+attend to one another and to no others.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component
-from genbundle.builder.encoders import candidate_features, encoder_component
+from genbundle.builder.encoders import candidate_features, encoder_component, encoder_inputs, feature_getter
+from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.image_text import placeholder_token
 from genbundle.builder.packed import steering
 from genbundle.builder.plan import Capture
@@ -32,28 +35,73 @@ _FEATURES = ("pooler_output", "deepstack_features")
 """The fields of `get_image_features`' output that models read: the features, and those of deeper levels."""
 
 
-def picture_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component, int]:
-    """The image encoder of the captured generations, and the token in whose places its features go.
+_METHODS = {"image": "vision_encoder", "audio": "audio_encoder"}
+"""modality -> the method's name to ExecuTorch's own runners."""
+
+_RANKS = {"image": 4, "audio": 3}
+"""modality -> the axes of an input with a row for each picture or sound."""
+
+_ROWS = {"image": "pictures", "audio": "sounds"}
+"""modality -> what the rows are called in the manifest."""
+
+
+def with_sounds(model: PreTrainedModel, captures: list[Capture]) -> list[Capture]:
+    """The captures with the features of their sounds, which upstream doesn't take apart; as they are without any.
+
+    Raises UnsupportedModelError for an encoder that takes sounds of any length: a method here takes one.
+    """
+    getter = feature_getter(model, "audio")
+    if getter is None or any("mm_encoder_outputs" in item.prompt for item in captures):
+        return captures
+    given = [encoder_inputs(getter, item) for item in captures]
+    if not all(given):
+        return captures
+    try:
+        with torch.no_grad():
+            outputs = [getter(**inputs, return_dict=True) for inputs in given]
+    except MODEL_ERRORS as error:
+        raise UnsupportedModelError(f"audio_encoder: get_audio_features fails on generate's inputs: {error}") from error
+    for name, tensor in given[0].items():
+        for axis in range(1, tensor.dim()):
+            try:
+                with torch.no_grad():
+                    getter(**{**given[0], name: tensor.narrow(axis, 0, tensor.shape[axis] // 2)}, return_dict=True)
+            except MODEL_ERRORS:
+                continue
+            raise UnsupportedModelError(
+                f"audio_encoder: its {name} may be of other sizes than {list(tensor.shape[1:])}, and a method that a "
+                "decoder with a cache of its own follows takes sounds of one size"
+            )
+    return [
+        replace(item, prompt={**item.prompt, "mm_encoder_outputs": {"audio": output}})
+        for item, output in zip(captures, outputs, strict=True)
+    ]
+
+
+def media_component(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component, int]:
+    """The encoder of the captured generations' pictures or sounds, and the token in whose places its features go.
 
     Raises UnsupportedModelError where the encoder can't be cut out, or no one token stands once for each feature.
     """
-    outputs = [item.prompt["mm_encoder_outputs"].get("image") for item in captures]
+    modality = "audio" if "audio" in captures[0].prompt["mm_encoder_outputs"] else "image"
+    outputs = [item.prompt["mm_encoder_outputs"].get(modality) for item in captures]
+    name = f"{modality}_encoder"
     if any(output is None for output in outputs):
-        raise UnsupportedModelError("image_encoder: generate gave no image features for one of the inputs")
-    features = [item for item in candidate_features(outputs[0], "image") if item.path[0] in _FEATURES]
+        raise UnsupportedModelError(f"{name}: generate gave no {modality} features for one of the inputs")
+    features = [item for item in candidate_features(outputs[0], modality) if item.path[0] in _FEATURES]
     if not features or features[0].path != ("pooler_output",):
-        raise UnsupportedModelError("image_encoder: get_image_features gave no pooler_output to take features from")
+        raise UnsupportedModelError(f"{name}: get_{modality}_features gave no pooler_output to take features from")
     counts = [math.prod(features[0].read(output).shape[:-1]) for output in outputs]
     placeholder = placeholder_token(model, captures, counts)
     if placeholder is None:
         raise UnsupportedModelError(
-            f"merge: no token stands {counts} times in the prompts, once for each image feature"
+            f"merge: no token stands {counts} times in the prompts, once for each {modality} feature"
         )
-    return encoder_component(model, "image", captures, features), placeholder
+    return encoder_component(model, modality, captures, features), placeholder
 
 
-class PictureEncoder(torch.nn.Module):
-    """An encoder component for one picture: `(pixel_values [1, C, H, W]) -> features [1, N, D]`.
+class MediaEncoder(torch.nn.Module):
+    """An encoder component for one picture or sound: `(pixel_values [1, C, H, W]) -> features [1, N, D]`.
 
     For packed patches the inputs are those with a row per patch. Where the model also takes features of deeper levels,
     they are a second output `[levels, N, D]`.
@@ -62,6 +110,8 @@ class PictureEncoder(torch.nn.Module):
     def __init__(self, component: Component):
         super().__init__()
         self.module, self.component = component.module, component
+        self.modality = component.modality or "image"
+        self.method = _METHODS[self.modality]
         self.packed = _OFFSETS in component.sample
         self.names = tuple(name for name, tensor in component.sample.items() if self._per_row(tensor))
         self._check()
@@ -88,8 +138,8 @@ class PictureEncoder(torch.nn.Module):
         given = {source.name for source in sources if source.kind == "user" and source.name is not None}
         return given | {name for source in sources for name in source.options.get("inputs", ())}
 
-    def picture(self) -> tuple[torch.Tensor, ...]:
-        """The first picture of the sample."""
+    def first(self) -> tuple[torch.Tensor, ...]:
+        """The first picture or sound of the sample."""
         rows = int(self.component.sample[_OFFSETS][1]) if self.packed else 1
         return tuple(self.component.sample[name][:rows] for name in self.names)
 
@@ -108,7 +158,7 @@ class PictureEncoder(torch.nn.Module):
             if name not in (*self.names, _OFFSETS):
                 continue
             pieces = "offsets" if name == _OFFSETS else _OFFSETS if self.packed else "each"
-            rows = "offsets" if name == _OFFSETS else "patches" if self.packed else "pictures"
+            rows = "offsets" if name == _OFFSETS else "patches" if self.packed else _ROWS[self.modality]
             given = self.component.sources[name]
             source = Source(
                 kind=given.kind, name=given.name, rule=given.rule, options={**given.options, "pieces": pieces}
@@ -135,7 +185,7 @@ class PictureEncoder(torch.nn.Module):
             if self.packed
             else next(iter(self.component.sample.values())).shape[0]
         )
-        return tensor.shape[0] == rows and (self.packed or tensor.dim() == 4)
+        return tensor.shape[0] == rows and (self.packed or tensor.dim() == _RANKS[self.modality])
 
     def _check(self) -> None:
         rest = [name for name in self.component.sample if name not in (*self.names, _OFFSETS)]

@@ -227,6 +227,20 @@ class Images:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """A runtime other than genbundle's own, made for files like the bundle's: whether it runs them as they are.
+
+    obstacle: why it can't; None where it can. prefix: what a prompt has to begin with there, the special tokens
+    that the bundle's tokenizer adds by itself. differs: what it does otherwise than the bundle says, in sentences.
+    """
+
+    name: str
+    obstacle: str | None = None
+    prefix: str = ""
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """Size in bytes and sha256 of one file of the bundle."""
 
@@ -261,6 +275,7 @@ class Manifest:
     weights: str | None = None
     text: Text | None = None
     images: Images | None = None
+    runners: tuple[Runner, ...] = ()
     verification: Verification | None = None
     notes: tuple[str, ...] = ()
     packages: dict[str, str] = field(default_factory=dict)

@@ -64,6 +64,7 @@ def _overview(bundle: Bundle) -> Iterable[tuple[str, str]]:
     options = ", ".join(f"{name}={value}" for name, value in manifest.generation.options.items())
     ends = ", ".join(map(str, manifest.generation.eos_token_ids)) or "none"
     yield "defaults", f"{options or 'greedy'}; end tokens: {ends}"
+    yield from _runners(manifest)
     yield from _verified(manifest)
     for note in manifest.notes:
         yield "note", note
@@ -100,6 +101,18 @@ def _pictures(manifest: Manifest) -> str:
         return f"as ready arrays ({images.input}): {images.reason}"
     each = f", {images.tokens_per_image} tokens each" if images.tokens_per_image else ""
     return f"any picture file: {', '.join(str(step.get('op')) for step in images.steps)}{each}"
+
+
+def _runners(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    """Which other runtimes open the bundle's files, or why not."""
+    for runner in manifest.runners:
+        if runner.obstacle is not None:
+            yield "elsewhere", f"not in {runner.name}: {runner.obstacle}"
+            continue
+        first = f"; a prompt begins with {runner.prefix!r} there" if runner.prefix else ""
+        yield "elsewhere", f"runs unchanged in {runner.name}{first}"
+        for difference in runner.differs:
+            yield "", difference
 
 
 def _verified(manifest: Manifest) -> Iterable[tuple[str, str]]:

@@ -10,7 +10,7 @@ from genbundle.builder.components import Component, dtype_of, shape_of
 from genbundle.builder.exporting import first_line
 from genbundle.builder.guards import HoldsFrom, resized
 from genbundle.bundles import GenbundleError, UnsupportedModelError
-from genbundle.bundles.manifest import Flow, Input, Program, State
+from genbundle.bundles.manifest import Flow, Input, Program, Runner, State
 
 _SHORT = 7  # tokens of the sample of a program for short prompts: no multiple of anything
 _LEAST_WITH_MEDIA = 4  # tokens of a prompt: a placeholder, what stands around it, and a word
@@ -22,7 +22,8 @@ Lowered = TypeVar("Lowered")
 class Exported:
     """What a format wrote: programs, the state they carry, how they are called, the weights file, and what to know.
 
-    weight_bytes: of every distinct weight, where a lossy precision makes it other than the model's own.
+    weight_bytes: of every distinct weight, where a lossy precision makes it other than the model's own. runners: other
+    runtimes for such files, so far as the programs say whether they run them.
     """
 
     programs: tuple[Program, ...]
@@ -31,6 +32,7 @@ class Exported:
     weights: str | None = None
     weight_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    runners: tuple[Runner, ...] = ()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The `xnnpack` backend: one multi-method .pte whose decoder owns its cache, lowered to ExecuTorch's XNNPACK delegate.
 
 The method names and constants are those that ExecuTorch's own runners look for, so that a bundle whose model they can
-express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder`, `token_embedding` and `text_decoder`
-(MultimodalRunner).
+express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder` or `audio_encoder`,
+`token_embedding` and `text_decoder` (MultimodalRunner).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from genbundle.builder.plan import Capture
 from genbundle.builder.precision import BITS, kept_note, only_encodes
 from genbundle.builder.rounding import Rounding, rounded
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder, decoder_of, head_of
-from genbundle.builder.stateful_encoder import PictureEncoder, picture_component
+from genbundle.builder.stateful_encoder import MediaEncoder, media_component, with_sounds
 from genbundle.builder.stateful_merge import (
     Scatter,
     TokenEmbedding,
@@ -28,9 +28,10 @@ from genbundle.builder.stateful_merge import (
     probe_call,
     text_alone,
 )
+from genbundle.builder.stock_runners import MULTIMODAL_RUNNER, TEXT_RUNNER, multimodal_obstacle
 from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
-from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Source
+from genbundle.bundles.manifest import Flow, Input, Output, Program, Role, Route, Runner, Source
 from genbundle.runtime.positions import POSITION_INPUTS
 
 PROGRAM_FILE = "model.pte"
@@ -68,7 +69,7 @@ def export_executorch(
         model: a loaded generative model, float32, in eval mode; unchanged afterwards.
         max_length: the most tokens (prompt and generated) that the state holds; the file reserves memory for them.
         eos_token_ids: where ExecuTorch's own runners stop.
-        captures: generations of the model, with pictures for an image-text model.
+        captures: generations of the model, with pictures or sounds for a model that takes them beside text.
         positions: the source of explicit position ids (M-RoPE), where the model's decoder takes them.
         path: the file to write.
         precision: of the language model, its token embedding and its head.
@@ -78,8 +79,9 @@ def export_executorch(
         MissingExtraError: ExecuTorch isn't installed.
     """
     with quiet():
+        captures = with_sounds(model, list(captures))
         if any("mm_encoder_outputs" in item.prompt for item in captures):
-            exported, methods = _image_text(model, max_length, list(captures), positions)
+            exported, methods = _with_media(model, max_length, captures, positions)
         else:
             exported, methods = _text(model, max_length)
         table = cast(torch.nn.Embedding, model.get_input_embeddings())
@@ -159,18 +161,18 @@ def _text(model: PreTrainedModel, max_length: int) -> tuple[Exported, dict[str, 
     roles: tuple[Role, ...] = ("merge", "language_model", "lm_head", "decode")
     program = _program("decode", "forward", roles, (_TOKENS, _START), (_logits(decoder),))
     flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), batch=1, continues=True, capacity=max_length)
-    return Exported(programs=(program,), flow=flow), {"forward": forward}
+    return Exported(programs=(program,), flow=flow, runners=(Runner(name=TEXT_RUNNER),)), {"forward": forward}
 
 
-def _image_text(
+def _with_media(
     model: PreTrainedModel, max_length: int, captures: list[Capture], positions: Source | None
 ) -> tuple[Exported, dict[str, Method]]:
     call, seen = probe_call(model, captures[0].inputs)
     if not call.embeds or (call.position_axes and positions is None):
-        what = "position_ids have no rule" if call.embeds else "input is tokens although pictures were given"
+        what = "position_ids have no rule" if call.embeds else "input is tokens although pictures or sounds were given"
         raise UnsupportedModelError(f"language_model: its {what}: build for another backend, for instance cpu")
-    component, placeholder = picture_component(model, captures)
-    decoder, encoder = StatefulDecoder(model, capacity=max_length, call=call), PictureEncoder(component)
+    component, placeholder = media_component(model, captures)
+    decoder, encoder = StatefulDecoder(model, capacity=max_length, call=call), MediaEncoder(component)
     embedding = TokenEmbedding(model, call.deepstack)
     scatter = Scatter(embedding, placeholder)
     with torch.no_grad():
@@ -187,9 +189,9 @@ def _image_text(
     levels = [(torch.zeros(call.deepstack, 2, width), {1: features})] if call.deepstack else []
     merge_shapes = ({1: sequence}, {1: features}, *([tuple(shape for _, shape in levels)] if levels else []))
     methods = {
-        "vision_encoder": Method(
+        encoder.method: Method(
             module=encoder,
-            args=encoder.picture(),
+            args=encoder.first(),
             dynamic_shapes=encoder.dynamic_shapes(len(found[0])),
             fold_constants=not encoder.packed,
         ),
@@ -208,29 +210,36 @@ def _image_text(
     text = text_alone(model, captures[0].inputs, placeholder, call)
     read = {*encoder.needs, *(POSITION_INPUTS.get(positions.rule or "", ()) if positions is not None else ())}
     fixed = fixed_inputs(captures, {"input_ids", "attention_mask", *read})
-    programs, flow = _image_text_programs(decoder, encoder, positions, width, text, fixed)
-    return Exported(programs=programs, flow=flow), methods
+    programs, flow = _media_programs(decoder, encoder, positions, width, text, fixed, placeholder)
+    each = len(found[0]) // len(next(iter(component.sample.values())))
+    prompts = [item.inputs["input_ids"] for item in captures]
+    runner = Runner(
+        name=MULTIMODAL_RUNNER, obstacle=multimodal_obstacle(call, encoder, prompts, placeholder, max(each, 1))
+    )
+    return Exported(programs=programs, flow=flow, runners=(runner,)), methods
 
 
-def _image_text_programs(
-    decoder: StatefulDecoder, encoder: PictureEncoder, positions: Source | None, width: int, text: DecoderCall | None,
-    fixed: tuple[Input, ...],
+def _media_programs(
+    decoder: StatefulDecoder, encoder: MediaEncoder, positions: Source | None, width: int, text: DecoderCall | None,
+    fixed: tuple[Input, ...], placeholder: int,
 ) -> tuple[tuple[Program, ...], Flow]:  # fmt: skip
     """The manifest's programs and flow.
 
-    text: how the decoder is called for a prompt without pictures. fixed: inputs that are checked and go no further.
+    text: how the decoder is called for a prompt of text alone. fixed: inputs that are checked and go no further.
     """
-    call, component = decoder.call, encoder.component
-    features = Output(name="image_features", dtype="float32", shape=(1, "features", width))
+    call, component, modality = decoder.call, encoder.component, encoder.modality
+    features = Output(name=f"{modality}_features", dtype="float32", shape=(1, "features", width))
     embeds = Output(name="inputs_embeds", dtype="float32", shape=(1, "sequence", width))
-    levels = Output(name="image_levels", dtype="float32", shape=(call.deepstack, "features", width))
+    levels = Output(name=f"{modality}_levels", dtype="float32", shape=(call.deepstack, "features", width))
     dense = Output(name="deepstack", dtype="float32", shape=(call.deepstack, 1, "sequence", width))
     deep = call.deepstack > 0
     encode = Program(
         name=component.name,
         file=PROGRAM_FILE,
-        method="vision_encoder",
-        modality="image",
+        method=encoder.method,
+        modality=modality,
+        # Those of pictures stand among what the manifest says of pictures.
+        placeholder_id=None if modality == "image" else placeholder,
         roles=component.roles,
         inputs=encoder.inputs(),
         outputs=(features, levels) if deep else (features,),

@@ -44,7 +44,7 @@ from genbundle.builder.passes.complex_pairs import pair_complex_numbers
 from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
 from genbundle.builder.stateful import StatefulDecoder
-from genbundle.builder.stateful_encoder import PictureEncoder
+from genbundle.builder.stateful_encoder import MediaEncoder
 from genbundle.bundles import UnsupportedModelError
 
 
@@ -245,7 +245,7 @@ def _expect_kernels(program: ExecutorchProgramManager) -> None:
 
 
 def _export(name: str, method: Any) -> torch.export.ExportedProgram:
-    replaced = isinstance(method.module, StatefulDecoder | PictureEncoder)
+    replaced = isinstance(method.module, StatefulDecoder | MediaEncoder)
     try:
         with torch.no_grad(), method.module.exporting() if replaced else nullcontext():
             program = torch.export.export(
