@@ -25,7 +25,8 @@ def bundle(bundle_folder: Path) -> Callable[..., Bundle]:
     """`bundle(name, backend="cpu")`: the bundle of the tiny model `name` in tests/zoo/models.py.
 
     `name` may also be a class in tests/zoo/shrink.py, "chat" (a llama with a tokenizer and a chat template), either
-    with "chat-" in front (the same with a tokenizer), or "demo" (the embedded image-text model).
+    with "chat-" in front (the same with a tokenizer), or "demo" (the embedded image-text model);
+    "chat+" and "demo+" are those for the other runtimes too.
     A failed build fails every test that asks for it, and is tried once.
     """
 
@@ -61,12 +62,15 @@ def loaded(bundle: Callable[..., Bundle]) -> Callable[..., Model]:
 
 def _build(name: str, backend: str, path: Path) -> Bundle:
     from genbundle.builder import build_bundle
+    from genbundle.builder.also import ALSO
     from tests.zoo import coverage, models, shrink, tokenizers
 
-    if name == "demo":
+    if name in ("demo", "demo+"):
         from genbundle.builder.demo.show import MODEL, sample_inputs
 
-        return build_bundle(MODEL, sample_inputs(), backend, output=path, progress=False)
+        also = ["transformers.js"] if name == "demo+" else []
+        return build_bundle(MODEL, sample_inputs(), backend, also=also, output=path, progress=False)
+    also, name = (ALSO, "chat") if name == "chat+" else ((), name)
     with_tokenizer, name = name.startswith("chat"), "llama" if name == "chat" else name.removeprefix("chat-")
     model = shrink.make(name) if name in shrink.CLASSES else models.make(name)
     vocabulary = model.config.get_text_config().vocab_size
@@ -76,4 +80,6 @@ def _build(name: str, backend: str, path: Path) -> Bundle:
         samples, room = inputs["build"], coverage.room_for(inputs)
     else:
         samples, room = models.samples(name), None
-    return build_bundle(model, samples, backend, processor=processor, output=path, max_length=room, progress=False)
+    return build_bundle(
+        model, samples, backend, processor=processor, also=also, output=path, max_length=room, progress=False
+    )

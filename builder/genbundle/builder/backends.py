@@ -1,13 +1,15 @@
 """From captures to the programs of a backend: which components a model becomes, and which format takes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from genbundle.builder.also import EMBEDDED, expect_fed
 from genbundle.builder.components import Component, one_sequence
+from genbundle.builder.embedded import NotSimpleError
 from genbundle.builder.encoder_decoder import encoder_decoder_components
 from genbundle.builder.experts import dense_experts
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
@@ -28,13 +30,15 @@ from genbundle.runtime.inputs import TEXT_INPUTS
 
 
 def _components(
-    model: PreTrainedModel, captures: list[Capture], capacity: int | None, *, fuse: bool
+    model: PreTrainedModel, captures: list[Capture], capacity: int | None, *, fuse: bool, embedded: bool = False
 ) -> tuple[list[Component], Flow, tuple[str, ...]]:
     """The programs to be of a model whose state goes in and out of them, how they are called, and what to know."""
     if model.config.is_encoder_decoder:
         return encoder_decoder_components(model, captures, capacity)
     try:
-        return *decoder_components(model, captures, fuse=fuse, capacity=capacity), ()
+        return *decoder_components(model, captures, fuse=fuse, capacity=capacity, embedded=embedded), ()
+    except NotSimpleError:
+        raise
     except UnsupportedModelError as error:
         if any("mm_encoder_outputs" in item.prompt for item in captures):
             raise
@@ -54,9 +58,15 @@ def _explicit(
     announce: Callable[[str], None],
     *,
     precisions: Precisions,
+    also: Sequence[str] = (),
 ) -> Exported:
     """The backends whose programs take and return their state: ONNX and torch.export."""
-    components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu")
+    embedded = EMBEDDED in also
+    try:
+        components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu", embedded=embedded)
+    except NotSimpleError as error:
+        raise UnsupportedModelError(f"{EMBEDDED} can't run it: {error}") from error
+    expect_fed(also, components, flow)
     if all(len(item.inputs.get("input_ids", ())) == 1 for item in captures):  # rows.one_at_a_time
         components = [one_sequence(component) for component in components]
     components = [replace(component, longest=capacity) for component in components]

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from genbundle.builder.also import check_also, complete, expect_generation
 from genbundle.builder.backends import EXPORTERS, OTHERWISE
 from genbundle.builder.exporting import first_line
 from genbundle.builder.formats import Exported
@@ -42,6 +43,7 @@ class Settings:
     max_length: int | None = None
     verify: bool = True
     quality_floor: float | None = None
+    also: tuple[str, ...] = ()
 
 
 def build_bundle(
@@ -54,6 +56,7 @@ def build_bundle(
     quality_floor: float | None = None,
     max_length: int | None = None,
     processor: Any = None,
+    also: Sequence[str] = (),
     overwrite: bool = False,
     verify: bool = True,
     progress: bool | Callable[[str], None] = True,
@@ -76,6 +79,8 @@ def build_bundle(
             mean KL divergence of each input.
         max_length: the most tokens (prompt and generated) that a bundle holds; the model's own limit by default.
         processor: the tokenizer or processor; loaded from the directory or hub id when None.
+        also: other runtimes that shall open the same directory, of ONNX bundles: "ort-genai" (ONNX Runtime GenAI),
+            "transformers.js".
         overwrite: replace a bundle that is at `output`. Anything else there is kept and the build refused.
         verify: replay the bundle on held-out inputs and compare with eager; a mismatch fails the build.
         progress: True for a progress bar, False for silence, or a callable that gets each stage's name.
@@ -86,7 +91,7 @@ def build_bundle(
         VerificationError: the finished bundle gave other tokens than eager, or came too far from it at a lossy
             precision; nothing is kept.
     """
-    settings = _check_settings(backend, precision, quality_floor, max_length, verify)
+    settings = _check_settings(backend, precision, quality_floor, max_length, verify, also)
     precisions = parse_precision(precision, backend)
     floor = precisions.floor(quality_floor)
     if output is not None:
@@ -142,8 +147,9 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _check_settings(
-    backend: str, precision: str | Mapping[str, str], quality_floor: float | None, max_length: int | None, verify: bool
-) -> Settings:
+    backend: str, precision: str | Mapping[str, str], quality_floor: float | None, max_length: int | None,
+    verify: bool, also: Sequence[str],
+) -> Settings:  # fmt: skip
     if backend not in BACKENDS:
         raise BuildError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if quality_floor is not None and not 0 <= quality_floor <= 1:
@@ -151,7 +157,10 @@ def _check_settings(
     if max_length is not None and (type(max_length) is not int or max_length < 2):
         raise BuildError(f"max_length: expected an integer of at least 2, got {max_length!r}")
     given = precision if isinstance(precision, str) else dict(precision)
-    return Settings(backend=backend, precision=given, max_length=max_length, verify=verify, quality_floor=quality_floor)
+    return Settings(
+        backend=backend, precision=given, max_length=max_length, verify=verify, quality_floor=quality_floor,
+        also=check_also(also, backend),
+    )  # fmt: skip
 
 
 def _export(
@@ -161,11 +170,13 @@ def _export(
     """Capture, explain and export; everything of the manifest but the verification."""
     model = loaded.model
     generation = describe_generation(model)
+    notes = expect_generation(settings.also, generation, limits)
     announce("capture")
     captures = capture_calls(model, samples.capture)
     generation = observed_generation(generation, captures)
     announce("explain")
-    exported = exporter(model, captures, limits.capacity, folder, announce, precisions=precisions)
+    other = {"also": settings.also} if settings.also else {}
+    exported = exporter(model, captures, limits.capacity, folder, announce, precisions=precisions, **other)
     text = images = None
     if loaded.processor is not None:
         text = describe_text(loaded.processor, folder)
@@ -198,12 +209,13 @@ def _export(
         text=text,
         images=images,
         files={},
-        notes=exported.notes,
+        notes=(*exported.notes, *notes),
         runners=exported.runners,
         packages=_packages(settings.backend, precisions),
         settings=asdict(settings),
     )
-    return replace(manifest, runners=tried_runners(manifest, folder))
+    manifest = replace(manifest, runners=tried_runners(manifest, folder))
+    return complete(settings.also, manifest, folder, model.config)
 
 
 def _packages(backend: str, precisions: Precisions) -> dict[str, str]:

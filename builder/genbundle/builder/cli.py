@@ -52,13 +52,20 @@ _BACKEND = click.option(
     help="Of a lossy precision: the least share of first choices that are the original model's, 0 for any; by default "
     "0.9 for int8 and 0.7 for int4.",
 )
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="RUNTIME",
+    help="Let another runtime open the same directory: ort-genai, transformers.js; may be given several times.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
 @click.option("--no-verify", is_flag=True, help="Skip the replay against the original model.")
 @click.option("--quiet", "no_progress", is_flag=True, help="No progress bar, which is shown on a terminal only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output; no progress bar.")
 def build(
     model: str, backend: str, output: Path | None, max_length: int | None, precision: str,
-    quality_floor: float | None, overwrite: bool, no_verify: bool, no_progress: bool, as_json: bool,
+    quality_floor: float | None, also: tuple[str, ...], overwrite: bool, no_verify: bool, no_progress: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Export MODEL, a saved transformers model's directory or a hub id, into one self-contained bundle.
 
@@ -78,6 +85,7 @@ def build(
       genbundle build ./my-model
       genbundle build HuggingFaceTB/SmolLM2-135M-Instruct --backend xnnpack --max-length 2048
       genbundle build ./my-model --precision int4
+      genbundle build ./my-model --also ort-genai --also transformers.js
       genbundle build ./my-model --output app/model.bundle --overwrite --json
     """
     with kept_log():
@@ -85,7 +93,7 @@ def build(
             from genbundle.builder import build_bundle
         bundle = build_bundle(
             model, backend=backend, output=output, max_length=max_length, precision=precision,
-            quality_floor=quality_floor, overwrite=overwrite, verify=not no_verify,
+            quality_floor=quality_floor, also=also, overwrite=overwrite, verify=not no_verify,
             progress=sys.stderr.isatty() and not (no_progress or as_json),
         )  # fmt: skip
     if as_json:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.components import Component, name_axes
 from genbundle.builder.cut import attribute
 from genbundle.builder.decoder import Decoder
+from genbundle.builder.embedded import NotSimpleError
 from genbundle.builder.exporting import MODEL_ERRORS, first_line
 from genbundle.builder.image_text import image_text_components, placeholder_token
 from genbundle.builder.inner import InnerPrompt, explain_inner
@@ -120,11 +121,12 @@ def capture_whole(model: PreTrainedModel, samples: list[Inputs]) -> list[Capture
 
 
 def decoder_components(
-    model: PreTrainedModel, captures: list[Capture], *, fuse: bool, capacity: int | None
+    model: PreTrainedModel, captures: list[Capture], *, fuse: bool, capacity: int | None, embedded: bool = False
 ) -> tuple[list[Component], Flow]:
     """The programs of a decoder, cut where it can be: at its encoders, else nowhere but between prompt and step.
 
-    fuse: use ONNX Runtime's GroupQueryAttention where a program's attention allows it. Raises UnsupportedModelError.
+    fuse: use ONNX Runtime's GroupQueryAttention where a program's attention allows it. embedded: as
+    `image_text_components` takes it. Raises UnsupportedModelError.
     """
     if captures[0].inner is not None:
         inner = captures[0].inner[0]
@@ -139,7 +141,11 @@ def decoder_components(
         return fused_components(model, plan, captures, fuse=fuse, capacity=capacity)
     try:
         plan, alone = make_decoder_plan(model, captures), generates_from_text_alone(model)
-        return image_text_components(model, plan, captures, fuse=fuse, capacity=capacity, text_alone=alone)
+        return image_text_components(
+            model, plan, captures, fuse=fuse, capacity=capacity, text_alone=alone, embedded=embedded
+        )
+    except NotSimpleError:
+        raise
     except _FAILURES as error:
         try:
             whole = capture_whole(model, [item.inputs for item in captures])

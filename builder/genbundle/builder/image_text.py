@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component, dtype_of, name_axes, needed_inputs, same_tensors
+from genbundle.builder.embedded import embedded_components, expect_placed
 from genbundle.builder.encoders import Features, candidate_features, encoder_component
 from genbundle.builder.guards import resized
 from genbundle.builder.lengths import loop_over_length
 from genbundle.builder.merge import Merge, Prompt, needed_features, tensors_of
 from genbundle.builder.packed import in_pieces
 from genbundle.builder.plan import Capture, Plan, constant_arguments
-from genbundle.builder.programs import by_token, can_fuse_prompt, step_component, with_present
+from genbundle.builder.programs import by_token, can_fuse_prompt, can_fuse_step, step_component, with_present
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Input, Route, Source
 from genbundle.runtime.inputs import TEXT_INPUTS
@@ -26,12 +27,14 @@ _STATE = {"past_key_values", "use_cache", "return_dict", "mm_encoder_outputs"}
 
 
 def image_text_components(
-    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None, text_alone: bool
-) -> tuple[list[Component], Flow]:
+    model: PreTrainedModel, plan: Plan, captures: list[Capture], *, fuse: bool, capacity: int | None, text_alone: bool,
+    embedded: bool = False,
+) -> tuple[list[Component], Flow]:  # fmt: skip
     """The components of a model of pictures (or video) and text, and how they are called.
 
     fuse: use GroupQueryAttention where a program's attention allows it. text_alone: the model also generates from text
-    without a picture, which the step's program then takes.
+    without a picture, which the step's program then takes. embedded: one decoder that takes embeddings, for prompt and
+    step, as other runtimes want it; NotSimpleError where that can't be.
     """
     modality = _modality(model, captures)
     outputs = [item.prompt["mm_encoder_outputs"][modality] for item in captures]
@@ -84,17 +87,28 @@ def image_text_components(
     used = {source.name for part in (encoder, merged) for source in part.sources.values()} | _guiding(encoder)
     used |= {name for source in plan.step.sources.values() for name in POSITION_INPUTS.get(source.rule or "", ())}
     merged = replace(merged, guides=_unread(captures, used))
-    prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
-    decode = step_component(model, plan, captures, fuse=fuse)
     needs = {
         *(source.name for source in merged.sources.values() if source.kind == "user"),
         *(source.name for source in encoder.sources.values() if source.kind == "user"),
         *_guiding(encoder),
     }
-    picture = Route(programs=(encoder.name, "merge", prompt.name), needs=tuple(sorted(filter(None, needs))))
-    routes = [picture]
+    picture = Route(programs=(encoder.name, "merge"), needs=tuple(sorted(filter(None, needs))))
+    if embedded:
+        expect_placed(model, samples, recorded, feature_token(model, captures, modality))
+        prompt_sources = _language_model_sources(recorded, handed_through, sources)
+        fused = fuse and can_fuse_prompt(model, plan, captures) and can_fuse_step(model, plan, captures)
+        embed, decoder = embedded_components(model, plan, template, recorded[0], prompt_sources, fused=fused)
+        routes = [replace(picture, programs=(*picture.programs, decoder.name))]
+        text = (embed.name, decoder.name)
+        routes += [Route(programs=text)] if text_alone else []
+        return [encoder, merged, embed, decoder], Flow(
+            prompt=tuple(routes), step=text, continues=True, capacity=capacity
+        )
+    prompt = _prompt_component(model, plan, captures, template, recorded, handed_through, sources, sizes, fuse=fuse)
+    decode = step_component(model, plan, captures, fuse=fuse)
+    routes = [replace(picture, programs=(*picture.programs, prompt.name))]
     if prompt.alternative is not None:
-        programs = (encoder.name, "merge", prompt.alternative.name)
+        programs = (*picture.programs, prompt.alternative.name)
         routes.append(replace(picture, programs=programs, one_by_one=True))
     if text_alone:
         routes.append(Route(programs=("decode",), one_by_one=not plan.continues))
@@ -226,23 +240,29 @@ def _prompt_sources(
     return sources
 
 
+def _language_model_sources(
+    recorded: list[dict], handed_through: dict[str, str], sources: dict[str, Source]
+) -> dict[str, Source]:
+    """Where the language model's tensors come from, by path: the merge's inputs handed through, or its outputs."""
+    return {
+        path: sources[handed_through[path]] if path in handed_through else Source(kind="output", name=f"merged_{path}")
+        for path in recorded[0]
+    }
+
+
 def _prompt_component(
     model: PreTrainedModel, plan: Plan, captures: list[Capture], template: dict, recorded: list[dict],
     handed_through: dict[str, str], sources: dict[str, Source], sizes: dict, *, fuse: bool,
 ) -> Component:  # fmt: skip
     # A mask that the merge makes may look both ways; GroupQueryAttention is causal.
     fused = fuse and can_fuse_prompt(model, plan, captures)
-    prompt_sources = {
-        path: sources[handed_through[path]] if path in handed_through else Source(kind="output", name=f"merged_{path}")
-        for path in recorded[0]
-    }
     prompt = Component(
         name="prompt",
         roles=("language_model", "lm_head"),
         module=Prompt(model, template, plan.layers, fused=fused).eval(),
         sample=dict(recorded[0]),
         axes={**name_axes(recorded, sizes), "logits": {0: "batch"}},
-        sources=prompt_sources,
+        sources=_language_model_sources(recorded, handed_through, sources),
         fusions=fused or not fuse,
     )
     prompt = with_present(prompt, plan.layers, "sequence")

@@ -1,0 +1,72 @@
+"""Other runtimes that can open a bundle's directory: what each needs, checked before the export, and its files."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from genbundle.builder.also import ort_genai, transformers_js
+from genbundle.builder.also.feeding import expect_options
+from genbundle.builder.components import Component
+from genbundle.builder.limits import Limits
+from genbundle.builder.passes.last_tokens import take_last_tokens
+from genbundle.bundles import BuildError
+from genbundle.bundles.manifest import Flow, Generation, Manifest
+
+EMBEDDED = "transformers.js"
+"""The runtime that wants models of pictures with a decoder which takes embeddings."""
+ONNX_BACKENDS = ("cpu", "cuda")
+_EXPECT: dict[str, Callable[[Iterable[Component], Flow], None]] = {
+    "ort-genai": ort_genai.expect,
+    "transformers.js": transformers_js.expect,
+}
+_LABELS = {"ort-genai": ort_genai.LABEL, "transformers.js": transformers_js.LABEL}
+_OPTIONS = {"ort-genai": ort_genai.OPTIONS, "transformers.js": transformers_js.OPTIONS}
+ALSO: tuple[str, ...] = tuple(_EXPECT)
+"""The names that `build_bundle(also=...)` takes."""
+
+
+def check_also(also: Sequence[str] | str, backend: str) -> tuple[str, ...]:
+    """The runtimes asked for, each once; BuildError for an unknown one, or one that runs no programs of `backend`."""
+    names = tuple(dict.fromkeys([also] if isinstance(also, str) else also))
+    for name in names:
+        if name not in ALSO:
+            raise BuildError(f"also: unknown runtime {name!r}: choose among {', '.join(ALSO)}")
+        if backend not in ONNX_BACKENDS:
+            raise BuildError(
+                f"also: {_LABELS[name]} runs ONNX programs and the backend {backend!r} makes none: "
+                f"build with one of {', '.join(ONNX_BACKENDS)}"
+            )
+    return names
+
+
+def expect_generation(also: Collection[str], generation: Generation, limits: Limits) -> tuple[str, ...]:
+    """Notes on what the runtimes do otherwise: when sampling, or in a batch.
+
+    Raises UnsupportedModelError for what the model's generation config asks for and would change the most probable
+    tokens.
+    """
+    notes = [note for name in also for note in expect_options(_LABELS[name], generation.options, _OPTIONS[name])]
+    if "ort-genai" in also and limits.window is not None:
+        notes.append(ort_genai.window_note(limits.window))
+    return tuple(notes)
+
+
+def expect_fed(also: Collection[str], components: Iterable[Component], flow: Flow) -> None:
+    """UnsupportedModelError for components that one of the runtimes can't feed, naming it and the cause."""
+    components = list(components)
+    for name in also:
+        _EXPECT[name](components, flow)
+
+
+def complete(also: Collection[str], manifest: Manifest, folder: Path, config: Any) -> Manifest:
+    """Write what the runtimes need beside the exported bundle in `folder`; the manifest with files moved for them.
+
+    config: the model's, in transformers.
+    """
+    if "ort-genai" in also:
+        ort_genai.change_graphs(manifest, folder, take_last_tokens)
+    if "transformers.js" in also:
+        manifest = transformers_js.complete(manifest, folder, config)
+    if "ort-genai" in also:
+        ort_genai.complete(manifest, folder)
+    return manifest

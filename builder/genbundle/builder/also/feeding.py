@@ -1,0 +1,74 @@
+"""What runtimes with a generation loop of their own feed a decoder's program with, and what they can't."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from genbundle.builder.components import Component
+from genbundle.bundles import UnsupportedModelError
+from genbundle.bundles.manifest import Flow
+
+# Options that count only when sampling: without them a runtime draws from another distribution, which is said.
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
+# How many tokens to generate is for the caller to say.
+_LENGTHS = ("max_new_tokens", "max_length")
+_GROWING = ("past", "capacity")  # axes of keys and values that may be 0 long
+
+
+def expect_decoder(label: str, component: Component, flow: Flow, *, entry: str = "input_ids") -> None:
+    """UnsupportedModelError unless a loop of the usual kind can run `component` for prompt and step.
+
+    Such a loop has the tokens or their embeddings (`entry`), the padding mask, positions that count unpadded tokens,
+    and keys and values that grow from none.
+    """
+    last = {route.programs[-1] for route in flow.prompt} | {flow.step[-1]}
+    if last != {component.name} or any(route.one_by_one for route in flow.prompt):
+        raise UnsupportedModelError(
+            f"{label} wants one program for prompt and step, and the model's are {', '.join(sorted(last))}"
+            + (", token by token" if any(route.one_by_one for route in flow.prompt) else "")
+        )
+    if flow.restart is not None:
+        raise UnsupportedModelError(
+            f"{label} doesn't run the sequence again at {flow.restart} tokens, from which on the model computes "
+            "positions otherwise: build with a smaller max_length"
+        )
+    for name, source in component.sources.items():
+        if name == entry or source.kind in ("mask", "state"):
+            continue
+        if source.kind == "position":
+            if source.rule != "cumsum" or source.options:
+                raise UnsupportedModelError(
+                    f"{label} counts positions over the unpadded tokens from 0, and {component.name} takes them by the "
+                    f"rule {source.rule!r} with {dict(source.options)}"
+                )
+            continue
+        raise UnsupportedModelError(f"{label} has nothing to feed the input {name!r} of {component.name} with")
+    if component.least > 1:
+        raise UnsupportedModelError(f"{label} has no other way for prompts of less than {component.least} tokens")
+    for name, source in component.sources.items():
+        if source.kind == "state":
+            _expect_growing(label, component, name)
+
+
+def _expect_growing(label: str, component: Component, name: str) -> None:
+    """A layer's keys or values, which are `[batch, heads, length, width]`."""
+    _, index, kind = name.split("_", 2)
+    axes = component.axes[name]
+    if kind not in ("key", "value") or axes.get(0) != "batch" or axes.get(2) not in _GROWING or len(axes) != 2:
+        raise UnsupportedModelError(
+            f"{label} carries keys and values that grow, and layer {index} keeps {kind} of the shape "
+            f"{[axes.get(axis, size) for axis, size in enumerate(component.sample[name].shape)]}"
+        )
+
+
+def expect_options(label: str, options: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+    """Notes on sampling options of the model that a runtime doesn't know; UnsupportedModelError for other options."""
+    for name in options:
+        if name in known or name in _LENGTHS:
+            continue
+        if name not in _SAMPLING:
+            raise UnsupportedModelError(
+                f"{label} doesn't know {name}, which the model's generation config asks for: "
+                f"set model.generation_config.{name} = None to build without it"
+            )
+        if options.get("do_sample"):
+            yield f"{label} samples without the model's {name}={options[name]}, which it doesn't know"

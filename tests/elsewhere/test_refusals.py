@@ -1,0 +1,68 @@
+"""What another runtime can't open is refused at build, naming the runtime and the cause, and before the export."""
+
+import pytest
+
+from genbundle.builder import build_bundle
+from genbundle.bundles import BuildError, UnsupportedModelError
+from tests.zoo import models
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"also": ["tflite"]}, "also: unknown runtime 'tflite': choose among ort-genai, transformers.js"),
+        ({"also": "onnx"}, "also: unknown runtime 'onnx'"),
+        (
+            {"also": ["ort-genai"], "backend": "torch"},
+            "also: ONNX Runtime GenAI runs ONNX programs and the backend 'torch' makes none: build with",
+        ),
+    ],
+)
+def test_arguments(arguments, message, tmp_path):
+    with pytest.raises(BuildError) as raised:
+        build_bundle(models.make("llama"), output=tmp_path / "b", progress=False, **arguments)
+    assert message in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "also", "message"),
+    [
+        ("llava", "ort-genai", "ONNX Runtime GenAI has no generic type for models with encoders (image_encoder)"),
+        ("paligemma", "transformers.js", "transformers.js can't run it: PaliGemmaForConditionalGeneration: its "),
+        ("qwen3_vl", "transformers.js", "transformers.js can't run it: Qwen3VLForConditionalGeneration: its "),
+        (
+            "idefics3",
+            "transformers.js",
+            "has nothing but pixel_values to feed image_encoder with, which takes pixel_values by",
+        ),
+    ],
+)
+def test_models(name, also, message, tmp_path):
+    stages = []
+    with pytest.raises(UnsupportedModelError) as raised:
+        build_bundle(
+            models.make(name), models.samples(name), also=[also], output=tmp_path / "b", progress=stages.append
+        )
+    assert message in str(raised.value)
+    assert not any(stage.startswith("export") for stage in stages)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("also", ["ort-genai", "transformers.js"])
+def test_state_that_does_not_grow(also, tmp_path):
+    from tests.zoo import shrink
+
+    model = shrink.make("MambaForCausalLM")
+    with pytest.raises(UnsupportedModelError, match="wants one program for prompt and step"):
+        build_bundle(
+            model, shrink.variants("MambaForCausalLM", model)["build"], also=[also], output=tmp_path / "b",
+            progress=False,
+        )  # fmt: skip
+
+
+def test_options_of_the_generation_config(tmp_path):
+    model = models.make("llama")
+    model.generation_config.suppress_tokens = [7]
+    with pytest.raises(UnsupportedModelError, match="ONNX Runtime GenAI doesn't know suppress_tokens"):
+        build_bundle(model, also=["ort-genai"], output=tmp_path / "b", progress=False)

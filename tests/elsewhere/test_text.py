@@ -1,0 +1,74 @@
+"""A text decoder's bundle in ONNX Runtime GenAI and in transformers.js: the tokens of our runtime."""
+
+import json
+
+import numpy as np
+import pytest
+
+ROWS = [[5, 6, 7, 8, 9, 10], [31, 17, 140], [99, 100, 101, 102, 103]]
+NEW = 12
+CHAT = [{"role": "user", "content": "Hello <eos> you"}]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    """Our runtime's continuation of each row alone."""
+    model = loaded("chat+")
+    return [model.generate(input_ids=np.array([row]), max_new_tokens=NEW).sequences[0].tolist() for row in ROWS]
+
+
+def chat_prompt(model):
+    text = model.text.apply_chat_template(CHAT)
+    return [text, list(model.text.encode(text, add_special_tokens=False))]
+
+
+def test_genai(bundle, loaded, genai, expected):
+    longest = max(map(len, ROWS))
+    calls = [{"rows": [row], "new": NEW} for row in ROWS]
+    calls += [
+        {"rows": ROWS, "new": NEW},
+        {"rows": [ROWS[0][:2]], "then": ROWS[0][2:], "new": len(ROWS[0]) - 2 + NEW},
+        {"rows": [ROWS[0]], "rewind": 8, "new": NEW},
+        {"chat": CHAT},
+    ]
+    *alone, batch, continued, rewound, chat = genai(bundle("chat+").path, calls)
+    assert [rows[0] for rows in alone] == expected
+    # It pads on the right and goes on behind the padding.
+    for row, whole, found in zip(ROWS, expected, batch, strict=True):
+        assert found[: len(row)] == row
+        new = whole[len(row) :]
+        end = new.index(2) + 1 if 2 in new else NEW
+        assert found[longest : longest + end] == new[:end]
+    assert continued == rewound == [expected[0]]
+    assert chat == chat_prompt(loaded("chat+"))
+
+
+def test_transformers_js_in_node(bundle, loaded, node, expected):
+    longest = max(map(len, ROWS))
+    padded = [[0] * (longest - len(row)) + row for row in ROWS]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ROWS]
+    calls = [{"rows": [row], "new": NEW} for row in ROWS]
+    *alone, batch, chat = node(
+        "generate.mjs", bundle("chat+").path, [*calls, {"rows": padded, "mask": mask, "new": NEW}, {"chat": CHAT}]
+    )
+    assert [rows[0] for rows in alone] == expected
+    ours = (
+        loaded("chat+")
+        .generate(input_ids=np.array(padded), attention_mask=np.array(mask), max_new_tokens=NEW)
+        .sequences
+    )
+    assert batch == ours.tolist()
+    assert chat == chat_prompt(loaded("chat+"))
+
+
+def test_weights_are_stored_once(bundle):
+    plain, both = bundle("chat"), bundle("chat+")
+    added = {name for name in both.manifest.files if name not in plain.manifest.files and not name.startswith("onnx/")}
+    assert added == {"genai_config.json", "generation_config.json"}
+    assert both.manifest.weights == "onnx/model.onnx_data"
+    assert both.manifest.files["onnx/model.onnx_data"] == plain.manifest.files["weights.safetensors"]
+    assert both.manifest.settings["also"] == ["ort-genai", "transformers.js"]
+    config = json.loads((both.path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["filename"] == both.manifest.program("decode").file
