@@ -58,7 +58,7 @@ def test_more_axes_than_what_feeds_them_has(shape):
 def test_a_decoders_tokens_one_by_one():
     flow, backend = wiring(("step",))
     inputs = {"decoder_input_ids": IDS}
-    assert flow.together(inputs)
+    assert flow.routes.together(inputs)
     flow.prompt(inputs)
     assert [feeds["input_ids"].tolist() for _, feeds in backend.calls] == [[[place]] for place in range(5)]
 

@@ -399,9 +399,9 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
         if item.source.kind == "state" and entry is None:
             raise BundleError(f"Expected a state entry, got {item.source.name!r} - at `{path}.inputs[{index}].source`")
         if CAPACITY in item.shape:
-            grows = entry is not None and entry.axis is not None and 0 <= entry.axis < len(item.shape)
+            axis = None if entry is None else entry.axis
             written = any(output.state == item.source.name for output in program.outputs)
-            if not (grows and written and item.shape.index(CAPACITY) == entry.axis):
+            if axis is None or axis != item.shape.index(CAPACITY) or not written:
                 raise BundleError(
                     f"Expected a state that grows along that axis and an output for it - at `{path}.inputs[{index}]`"
                 )

@@ -228,7 +228,7 @@ def collect(
     A batch that the programs don't take together runs row after row; its steps are put together afterwards. The steps'
     logits are dropped unless `keep_logits`: those of a long generation are gigabytes.
     """
-    if wiring.together(inputs):
+    if wiring.routes.together(inputs):
         run = steps(wiring, inputs, options, stop=stop, clock=clock, forced=forced)
         taken = [_kept(step, keep_logits) for step in run]
         return taken, np.stack([step.tokens for step in taken], axis=1)
@@ -237,7 +237,7 @@ def collect(
     fewest = max(options.min_new_tokens, options.min_length - length)
     options = replace(options, max_new_tokens=options.new_tokens(length), min_new_tokens=fewest, min_length=0)
     runs = []
-    for row, single in enumerate(single_rows(inputs, padded=wiring.takes_padding(inputs))):
+    for row, single in enumerate(single_rows(inputs, padded=wiring.routes.takes_padding(inputs))):
         own = Clock()
         row_stop = None if stop is None else (lambda _, token, row=row: stop(row, token))
         own_tokens = None if forced is None else forced[row : row + 1]

@@ -122,7 +122,7 @@ class Model:
         self, prompt: Any, images: Any, variables: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, np.ndarray], GenerationOptions]:
         """Inputs as arrays, and the options; a name that is neither is refused as an unknown option."""
-        names = {*TEXT_INPUTS, *self.wiring.user_inputs}
+        names = {*TEXT_INPUTS, *self.wiring.routes.user_inputs}
         arrays = {name: value for name, value in kwargs.items() if name in names}
         given = {name: value for name, value in kwargs.items() if name not in names}
         prefix, given = split_options(self.bundle.manifest.generation, given)

@@ -53,7 +53,7 @@ def generation_inputs(
     def detect(before: list[int], candidates: tuple[int, ...]) -> np.ndarray:
         tokens = np.concatenate([start, np.tile(np.array(before, np.int64), (len(start), 1))], axis=1)
         whole = {**inputs, "decoder_input_ids": tokens}
-        rows = [whole] if wiring.together(whole) else single_rows(whole)
+        rows = [whole] if wiring.routes.together(whole) else single_rows(whole)
         logits = np.concatenate([wiring.prompt(row)[0] for row in rows])
         return np.array(candidates, np.int64)[logits[:, list(candidates)].argmax(axis=1)]
 

@@ -15,10 +15,11 @@ from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import CAPACITY, Input, Route, Source
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime import pieces
-from genbundle.runtime.inputs import TEXT_INPUTS, token_ids, token_mask
+from genbundle.runtime.inputs import token_ids, token_mask
 from genbundle.runtime.positions import POSITION_INPUTS, POSITION_RULES, position_ids
 from genbundle.runtime.preparers import PREPARERS
 from genbundle.runtime.program import Backend, Tensor
+from genbundle.runtime.routes import Routes
 from genbundle.runtime.state import State
 
 
@@ -47,7 +48,7 @@ class Wiring:
             program.name: {item.source.name or "" for item in program.inputs if CAPACITY in item.shape}
             for program in manifest.programs
         }
-        self.user_inputs = self._known_inputs()
+        self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
         self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
         self._running: Sequences | None = None
@@ -59,7 +60,7 @@ class Wiring:
 
     def open(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Open the programs that these inputs and the steps need, so that no measured call has to."""
-        for name in (*self._route(inputs).programs, *self.manifest.flow.step):
+        for name in (*self.routes.choose(inputs).programs, *self.manifest.flow.step):
             self.backend.program(name)
 
     def prompt(self, inputs: dict[str, np.ndarray], most: int | None = None) -> tuple[np.ndarray, Sequences]:
@@ -69,8 +70,8 @@ class Wiring:
         that the sequences will get, the prompt's among them, if that is known. Raises InputError for inputs that no
         route takes, of another shape than the programs', or whose placeholders don't match.
         """
-        route, ids = self._route(inputs), token_ids(inputs)
-        size = self._at_once(inputs, route)
+        route, ids = self.routes.choose(inputs), token_ids(inputs)
+        size = self.routes.at_once(inputs, route)
         if size >= ids.shape[1]:
             return self._begin(inputs, route, most)
         names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
@@ -79,34 +80,6 @@ class Wiring:
         for place in range(size, ids.shape[1], size):
             logits = self.step(ids[:, place : place + size].astype(np.int64), sequences)
         return logits, sequences
-
-    def _at_once(self, inputs: Mapping[str, np.ndarray], route: Route) -> int:
-        """How many of a prompt's tokens go through the programs at once."""
-        length = token_ids(inputs).shape[1]
-        if route.one_by_one:
-            return 1 if len(route.programs) == 1 else length
-        chunk = self.manifest.flow.chunk
-        plain = (
-            route.programs == self.manifest.flow.step
-            and inputs.keys() <= set(TEXT_INPUTS)
-            and len(token_ids(inputs)) == 1
-        )
-        return chunk if chunk is not None and plain and token_mask(inputs).all() else length
-
-    def together(self, inputs: dict[str, np.ndarray]) -> bool:
-        """Whether the programs take these sequences in one call; else each needs calls of its own, without padding."""
-        most = self.manifest.flow.batch
-        if most is not None and len(token_ids(inputs)) > most:
-            return False
-        route = self._route(inputs)
-        return not route.one_by_one or route.padded or bool(token_mask(inputs).all())
-
-    def takes_padding(self, inputs: dict[str, np.ndarray]) -> bool:
-        """Whether the programs take sequences with padding: what eager gives may depend on it."""
-        route = self._route(inputs)
-        if route.one_by_one or route.padded:
-            return route.padded
-        return any(item.source.kind == "mask" for name in route.programs for item in self._entries[name].inputs)
 
     def _begin(self, inputs: dict[str, np.ndarray], route: Route, most: int | None) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
@@ -174,54 +147,6 @@ class Wiring:
         """The position rules that programs read; a step goes on from the prompt's last positions."""
         inputs = (item for name in names for item in self._entries[name].inputs)
         return {_key(item.source) for item in inputs if item.source.kind == "position"}
-
-    def _route(self, inputs: Mapping[str, np.ndarray]) -> Route:
-        given = {name for name in inputs if name not in TEXT_INPUTS}
-        unknown = given - self.user_inputs.keys()
-        if unknown:
-            accepted = ", ".join([*TEXT_INPUTS, *self.user_inputs])
-            raise InputError(f"this bundle takes no input {sorted(unknown)[0]!r}; it takes {accepted}")
-        routes = [route for route in self.manifest.flow.prompt if given.issuperset(route.needs)]
-        if not routes:
-            needs = " or ".join(str(list(route.needs)) for route in self.manifest.flow.prompt)
-            raise InputError(f"this bundle's prompt needs the inputs {needs}, got {sorted(given) or 'text alone'}")
-        best = self._long_enough(routes, token_ids(inputs).shape[1])
-        # Pictures without what belongs to them would be ignored without a word by a route for text alone.
-        needed = {name for route in self.manifest.flow.prompt for name in route.needs}
-        left = sorted((given & needed) - self._read_by(best))
-        if left:
-            other = next(route for route in self.manifest.flow.prompt if left[0] in route.needs)
-            missing = sorted(set(other.needs) - given)
-            raise InputError(f"the input {left[0]!r} needs {', '.join(missing)} beside it, which was not given")
-        return best
-
-    def _long_enough(self, routes: list[Route], length: int) -> Route:
-        """Of the routes that need most, the first whose programs take so few tokens."""
-        most = max(len(route.needs) for route in routes)
-        least = [
-            (max(self._entries[name].least for name in route.programs), route)
-            for route in routes
-            if len(route.needs) == most
-        ]
-        best = next((route for fewest, route in least if fewest <= length), None)
-        if best is None:
-            fewest = min(fewest for fewest, _ in least)
-            raise InputError(f"the prompt has {length} tokens, this bundle takes such prompts of {fewest} and more")
-        return best
-
-    def _read_by(self, route: Route) -> set[str]:
-        return set(self._known_inputs(tuple(self._entries[name] for name in route.programs)))
-
-    def _known_inputs(self, programs: tuple[ProgramEntry, ...] | None = None) -> dict[str, None]:
-        names: dict[str, None] = {}
-        for program in self.manifest.programs if programs is None else programs:
-            for item in program.inputs:
-                if item.source.kind == "user" and item.source.name not in TEXT_INPUTS:
-                    names[item.source.name or ""] = None
-                names.update(dict.fromkeys(POSITION_INPUTS.get(item.source.rule or "", ())))
-                if item.source.kind == "prepared":
-                    names.update(dict.fromkeys(item.source.options.get("inputs", ())))
-        return names
 
 
 def _known_tokens(tokens: np.ndarray, source: Source) -> np.ndarray:
