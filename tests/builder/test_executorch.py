@@ -34,6 +34,7 @@ from genbundle.bundles.manifest import (
     Route,
     Source,
 )
+from genbundle.bundles.parsing import parse_manifest
 from genbundle.runtime.backends import open_backend
 from genbundle.runtime.wiring import Wiring
 
@@ -63,7 +64,7 @@ def build(model: hf.PreTrainedModel, folder: Path, samples: list[dict[str, torch
         files={exported.programs[0].file: File(size=1, sha256="0" * 64)},
         packages={"executorch": "1.4.1"},
     )
-    return Bundle(path=folder, manifest=Manifest.from_json(manifest.to_json()))
+    return Bundle(path=folder, manifest=parse_manifest(manifest.to_json()))
 
 
 def open_wiring(bundle: Bundle) -> Wiring:

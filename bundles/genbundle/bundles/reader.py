@@ -6,6 +6,7 @@ from pathlib import Path
 
 from genbundle.bundles.errors import BundleError
 from genbundle.bundles.manifest import MANIFEST_NAME, Manifest
+from genbundle.bundles.parsing import parse_manifest
 
 _HASHED_WHEN_OPENED = 16 * 2**20
 _LARGEST_MANIFEST = 64 * 2**20
@@ -57,7 +58,7 @@ def open_bundle(path: str | Path) -> Bundle:
     except (UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{root / MANIFEST_NAME}: can't be read: {error}") from error
     try:
-        manifest = Manifest.from_json(text)
+        manifest = parse_manifest(text)
     except BundleError as error:
         raise type(error)(f"{root}: {error}") from error
     inside = root.resolve()
