@@ -6,22 +6,26 @@ medians, ratios are of medians, and the spread is that of the ratios turn by tur
 """
 
 import argparse
+import json
 import statistics
 import subprocess
-import sys
 import sysconfig
+import time
 import venv
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.benchmarks.budgets import Worker, in_process
 
-PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0")
+PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0", "matplotlib")
 CAPACITY = 4096
 CONTEXTS = (128, 900)
 LONG = 3900
 PROMPTS, TURNS, STEPS = 5, 10, 3
+# Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
+# its own, isn't counted either.
+PAUSE = 0.2
 BUNDLES = {  # name -> backend, precision
     "cpu": ("cpu", "fp32"),
     "cpu-int4": ("cpu", "int4"),
@@ -98,62 +102,97 @@ def measure(workers: dict[str, Worker], contexts: Iterable[int]) -> dict[tuple[s
     for context in contexts:
         for _ in range(PROMPTS if context < LONG else 1):
             for name, worker in workers.items():
+                time.sleep(PAUSE)
                 times.setdefault((name, f"prompt {context}"), []).append(worker.step(context))
         for worker in workers.values():
             worker.step()
         for _ in range(TURNS):
             for name, worker in workers.items():
+                time.sleep(PAUSE)
+                worker.step()
                 times.setdefault((name, f"step {context}"), []).extend(worker.step() for _ in range(STEPS))
     return times
 
 
-def ratio(times: dict[tuple[str, str], list[float]], name: str, peers: Iterable[str], what: str) -> str | None:
-    """The table's row: milliseconds, the fastest peer's, their ratio and its spread; None for what wasn't timed."""
-    own = times.get((name, what))
-    timed = {peer: times[peer, what] for peer in peers if (peer, what) in times}
-    if own is None or not timed:
-        return None
-    best = min(timed, key=lambda peer: statistics.median(timed[peer]))
-    each = sorted(mine / theirs for mine, theirs in zip(own, timed[best], strict=True))
+@dataclass(frozen=True)
+class Row:
+    """A budget with what was measured: milliseconds, and the ratio of medians with the spread turn by turn."""
+
+    bundle: str
+    what: str
+    own: float
+    peer: str
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+    limit: float
+
+    def __str__(self) -> str:
+        """A line of the table."""
+        spread = f"{self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})" if self.low != self.high else f"{self.ratio:.2f}"
+        return (
+            f"| `{self.bundle}` {self.what} | {self.own:.1f} | {self.theirs:.1f} ({self.peer}) | {spread} | "
+            f"{self.limit:.2f} |"
+        )
+
+
+def compare(times: dict[tuple[str, str], list[float]], budget: Budget, what: str) -> Row:
+    """The bundle against the fastest of the budget's peers."""
+    own = times[budget.bundle, what]
+    best = min(budget.peers, key=lambda peer: statistics.median(times[peer, what]))
+    each = sorted(mine / theirs for mine, theirs in zip(own, times[best, what], strict=True))
     low, high = each[len(each) // 10], each[-1 - len(each) // 10]
-    mine, theirs = statistics.median(own), statistics.median(timed[best])
-    return f"{mine:.1f} | {theirs:.1f} ({best}) | {mine / theirs:.2f} ({low:.2f}-{high:.2f})"
+    mine, theirs = statistics.median(own), statistics.median(times[best, what])
+    return Row(budget.bundle, what, mine, best, theirs, mine / theirs, low, high, budget.limit)
+
+
+def run(known: dict[str, tuple[str, str, tuple[str, ...]]], names: list[str], contexts: tuple[int, ...]) -> list[Row]:
+    """Time these side by side; prints every median and peak, and returns the budgets' rows."""
+    for name in names:  # once before it counts: its files are in memory then
+        Worker(*known[name]).end()
+    workers = {name: Worker(*known[name]) for name in names}
+    times = measure(workers, contexts)
+    for worker in workers.values():
+        worker.end()
+    print({f"{name}, {what}": round(statistics.median(found), 1) for (name, what), found in times.items()})
+    print("peak memory, MB:", {name: round(worker.peak / 1e6) for name, worker in workers.items()}, flush=True)
+    if LONG in contexts and "cpu" in names:
+        grown = {
+            name: statistics.median(times[name, f"step {LONG}"]) / statistics.median(times[name, "step 128"])
+            for name in ("cpu", "llama.cpp f32")
+        }
+        print(f"step at {LONG} over 128: {grown}")
+    return [
+        compare(times, budget, what)
+        for budget in BUDGETS
+        if budget.bundle in names
+        for what in (["opening"] if budget.what == "opening" else [f"{budget.what} {context}" for context in contexts])
+    ]
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure, print a table, draw it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bundles", nargs="+", choices=BUNDLES, default=list(BUNDLES))
     parser.add_argument("--long", action="store_true", help=f"a context of {LONG} too")
+    parser.add_argument("--plot", type=Path, help="an .svg of the ratios")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     known = prepare(options.folder, options.bundles)
     contexts = (*CONTEXTS, LONG) if options.long else CONTEXTS
-    rows = []
+    rows: list[Row] = []
     for group in (_FULL, _FOUR):
-        four = group is _FOUR
-        names = [*group, *(name for name in options.bundles if name.endswith("int4") == four)]
-        workers = {name: Worker(*known[name]) for name in names}
-        times = measure(workers, contexts)
-        for worker in workers.values():
-            worker.end()
-        print({f"{name}, {what}": round(statistics.median(found), 1) for (name, what), found in times.items()})
-        for budget in BUDGETS:
-            kinds = [f"{budget.what} {context}" for context in contexts] if budget.what != "opening" else ["opening"]
-            for what in kinds if budget.bundle in names else []:
-                found = ratio(times, budget.bundle, budget.peers, what)
-                rows.append(f"| `{budget.bundle}` {what} | {found} | {budget.limit:.2f} |")
-        if options.long and not four and "cpu" in names:
-            grown = {
-                name: statistics.median(times[name, f"step {LONG}"]) / statistics.median(times[name, "step 128"])
-                for name in ("cpu", "llama.cpp f32")
-            }
-            print(f"step at {LONG} over 128: {grown}")
-    stored = {name: _bytes(Path(known[name][1])) for name in ("cpu-int4", "llama.cpp q4_0") if name in known}
-    print("bytes:", stored)
+        own = [name for name in options.bundles if name.endswith("int4") == (group is _FOUR)]
+        rows += run(known, [*group, *own], contexts) if own else []
+    print("bytes:", {name: _bytes(Path(path)) for name, (_, path, _) in known.items()})
     print("\n| | ms | fastest peer, ms | ratio (spread) | at most |\n|---|---|---|---|---|")
-    print("\n".join(rows))
+    print("\n".join(map(str, rows)))
+    if options.plot:
+        (options.folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+        python, script = options.folder / "environment" / "bin" / "python", Path(__file__).with_name("peer_plot.py")
+        subprocess.run([python, script, options.folder / "rows.json", options.plot], check=True)
 
 
 def _bytes(path: Path) -> int:
@@ -161,4 +200,4 @@ def _bytes(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
