@@ -125,11 +125,11 @@ def test_state_goes_out_where_it_fails_its_check_inside(tmp_path: Path, monkeypa
     """The bundle is built once more, says why, and gives eager's tokens."""
     checks: list[Manifest] = []
 
-    def verify(cases: Any, limits: Any, manifest: Manifest, writer: Any, floor: Any) -> Manifest:
+    def verify(cases: Any, limits: Any, manifest: Manifest, writer: Any, floor: Any, measure: Any) -> Manifest:
         checks.append(manifest)
         if len(checks) == 1:
             raise VerificationError("as given: step 0 of sequence 0: the logits differ")
-        return verify_staged(cases, limits, manifest, writer, floor)
+        return verify_staged(cases, limits, manifest, writer, floor, measure)
 
     monkeypatch.setattr("genbundle.builder.build.verify_staged", verify)
     model, ids = models.make("llama"), models.text_ids(5, seed=1)

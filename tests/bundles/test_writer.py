@@ -352,7 +352,7 @@ CASE = GoldenCase(
 
 def test_golden_round_trip_and_same_bytes(tmp_path):
     for name in ("one", "two"):
-        write_golden(tmp_path / name, [CASE, CASE.truncated(1)])
+        write_golden(tmp_path / name, [CASE, replace(CASE, rounding=0.002).truncated(1)])
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     first, second = read_golden(tmp_path / "one")
     assert first.name == "one" and first.options == CASE.options
@@ -360,6 +360,7 @@ def test_golden_round_trip_and_same_bytes(tmp_path):
     for name, array in CASE.inputs.items():
         np.testing.assert_array_equal(first.inputs[name], array)
         assert first.inputs[name].dtype == array.dtype
+    assert (first.rounding, second.rounding) == (0, 0.002)
     assert second.top_ids.tolist() == [[[1]]] and second.top_logits.tolist() == [[[5.0]]]
 
 
@@ -384,6 +385,8 @@ ONE = np.array([[[3, 1, 0]]])
     ("change", "words"),
     [
         ({"name": 5}, "names of a case"),
+        ({"rounding": 0.5}, "a rounding from 0 to 0.01"),
+        ({"rounding": float("nan")}, "a rounding from 0 to 0.01"),
         ({"options": {}}, "max_new_tokens"),
         ({"options": ["max_new_tokens"]}, "max_new_tokens"),
         ({"options": {"max_new_tokens": 1}}, "do_sample false"),

@@ -78,3 +78,11 @@ def test_equal():
 def test_different(given, words):
     with pytest.raises(VerificationError, match=words):
         check(given)
+
+
+def test_logits_may_differ_as_much_as_the_models_own_rounding():
+    off = case()
+    off = replace(off, top_logits=off.top_logits + np.float32(0.02))  # of 5
+    with pytest.raises(VerificationError, match=r"the logits differ from eager's by 0\.02"):
+        check(off)
+    assert check(replace(off, rounding=0.002)).tokens_equal

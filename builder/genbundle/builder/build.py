@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.also import check_also, complete, expect_generation
 from genbundle.builder.backends import EXPORTERS, OTHERWISE
+from genbundle.builder.conditioning import with_rounding
 from genbundle.builder.exporting import first_line
 from genbundle.builder.formats import Exported
 from genbundle.builder.image_text import feature_token
@@ -96,7 +97,7 @@ def build_bundle(
     floor = precisions.floor(quality_floor)
     if output is not None:
         check_target(Path(output).absolute(), overwrite=overwrite)
-    given = as_inputs(inputs)
+    given, measure = as_inputs(inputs), partial(with_rounding, model)
     with show_progress(progress, stages=8) as announce:
         announce("load the model")
         loaded = load(model, processor)
@@ -123,7 +124,7 @@ def build_bundle(
                 if settings.verify and backend in OTHERWISE and not manifest.state:
                     announce("verify")
                     try:
-                        manifest = verify_staged(cases, limits, manifest, writer, floor)
+                        manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
                     except (VerificationError, EngineError) as error:
                         manifest = export(partial(OTHERWISE[backend], refusal=error))
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
@@ -131,7 +132,7 @@ def build_bundle(
             gc.collect()
             if settings.verify and manifest.verification is None:
                 announce("verify")
-                manifest = verify_staged(cases, limits, manifest, writer, floor)
+                manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
             announce("publish")
             return writer.commit(manifest)
 

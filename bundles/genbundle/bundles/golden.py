@@ -13,6 +13,8 @@ from genbundle.bundles.errors import BundleError
 GOLDEN_NAME = "golden.msgpack"
 _VERSION = 1
 _MOST_ITEMS = 10_000
+MOST_ROUNDING = 0.01
+"""The most that a record may say of a model's rounding: above it nothing would be proven."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,8 @@ class GoldenCase:
     inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
     `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of
     every step and their tokens. rest: float32 `[batch, new]`, what all other logits amount to, the logarithm of the sum
-    of their exponentials; None where there are no others.
+    of their exponentials; None where there are no others. rounding: how far the model's logits in float32 are from
+    those in float64, of the largest one's size; 0 where that wasn't measured.
     """
 
     name: str
@@ -31,6 +34,7 @@ class GoldenCase:
     top_ids: np.ndarray
     top_logits: np.ndarray
     rest: np.ndarray | None = None
+    rounding: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def truncated(self, k: int) -> "GoldenCase":
@@ -59,6 +63,7 @@ def write_golden(path: Path, cases: list[GoldenCase]) -> None:
                 "top_ids": _pack(case.top_ids),
                 "top_logits": _pack(case.top_logits),
                 "rest": None if case.rest is None else _pack(case.rest),
+                "rounding": case.rounding,
                 "options": dict(sorted(case.options.items())),
             }
             for case in cases
@@ -82,6 +87,7 @@ def read_golden(path: Path) -> list[GoldenCase]:
                 top_ids=_unpack(case["top_ids"]),
                 top_logits=_unpack(case["top_logits"]),
                 rest=None if case["rest"] is None else _unpack(case["rest"]),
+                rounding=float(case.get("rounding", 0.0)),
                 options=case["options"],
             )
             for case in content["cases"]
@@ -112,6 +118,8 @@ def _check(case: GoldenCase) -> None:
         raise ValueError(f"{case.name}: rest {rest.dtype} {rest.shape} doesn't fit top_ids {ids.shape}")
     if not np.isfinite(logits).all() or (rest is not None and not np.isfinite(rest).all()):
         raise ValueError(f"{case.name}: top_logits or rest that aren't numbers")
+    if not 0 <= case.rounding <= MOST_ROUNDING:
+        raise ValueError(f"{case.name}: expected a rounding from 0 to {MOST_ROUNDING}, got {case.rounding}")
     options = case.options if isinstance(case.options, dict) else {}
     new_tokens = options.get("max_new_tokens")
     # Fewer steps than that are recorded where every sequence ended before.
