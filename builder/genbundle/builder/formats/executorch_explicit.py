@@ -21,6 +21,7 @@ from genbundle.builder.formats.executorch import at_precision
 from genbundle.builder.formats.torch_export import describe_program
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.equal_ranks import give_equal_ranks
+from genbundle.builder.passes.written_inputs import copy_written_inputs
 from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, kept_note, part_of
 from genbundle.builder.rounding import Rounding, language_model_of, rounded
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
@@ -105,6 +106,7 @@ def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any
         exported = to_exported_program(
             component.module, component.sample, component.axes, longest, most, component.least
         )
+    copy_written_inputs(exported)
     give_equal_ranks(exported.graph)
     return exported
 
