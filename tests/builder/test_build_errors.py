@@ -15,7 +15,7 @@ from genbundle.builder import build as build_module
 from genbundle.builder import build_bundle
 from genbundle.builder import verify as verify_module
 from genbundle.builder.loading import borrowed
-from genbundle.bundles import BuildError, InputError, UnsupportedModelError, VerificationError
+from genbundle.bundles import BuildError, EngineError, InputError, UnsupportedModelError, VerificationError
 
 
 class Mystery(hf.LlamaForCausalLM):
@@ -221,5 +221,17 @@ def test_a_bundle_that_refuses_what_eager_takes_is_a_build_error(tmp_path, monke
 
     monkeypatch.setattr(verify_module, "check_cases", refuse)
     with pytest.raises(UnsupportedModelError, match="give inputs that differ in what shall be dynamic"):
+        build_bundle(tiny_llama(), backend="torch", output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_that_the_engine_fails_at_are_a_build_error(tmp_path, monkeypatch):
+    def fail(*_):
+        raise EngineError("torch failed in the program 'decode' on inputs of shapes {'input_ids': [1, 1]}")
+
+    monkeypatch.setattr(verify_module, "check_cases", fail)
+    with pytest.raises(
+        UnsupportedModelError, match="can't run what the model became: torch failed in the program 'dec"
+    ):
         build_bundle(tiny_llama(), backend="torch", output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ from genbundle.builder.samples import Samples, as_inputs, from_processor, make_s
 from genbundle.builder.stock_runners import asking, tried_runners
 from genbundle.builder.verify import NEW_TOKENS, new_tokens, record, taken_by, verify_staged
 from genbundle.builder.weights import unique_bytes
-from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
+from genbundle.bundles import BuildError, Bundle, EngineError, UnsupportedModelError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import check_target, new_bundle
@@ -132,7 +132,11 @@ def build_bundle(
             gc.collect()
             if settings.verify and manifest.verification is None:
                 announce("verify")
-                manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
+                try:
+                    manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
+                except EngineError as error:
+                    why = str(error).replace(f"{writer.path}: ", "")
+                    raise UnsupportedModelError(f"the engine can't run what the model became: {why}") from error
             announce("publish")
             return writer.commit(manifest)
 
