@@ -26,7 +26,7 @@ def bundle(bundle_folder: Path) -> Callable[..., Bundle]:
 
     `name` may also be a class in tests/zoo/shrink.py, "chat" (a llama with a tokenizer and a chat template), either
     with "chat-" in front (the same with a tokenizer), or "demo" (the embedded image-text model);
-    "chat+" and "demo+" are those for the other runtimes too.
+    "chat+", "demo+" and "demo+int4" are those for the other runtimes too.
     A failed build fails every test that asks for it, and is tried once.
     """
 
@@ -65,11 +65,13 @@ def _build(name: str, backend: str, path: Path) -> Bundle:
     from genbundle.builder.also import ALSO
     from tests.zoo import coverage, models, shrink, tokenizers
 
-    if name in ("demo", "demo+"):
+    if name in ("demo", "demo+", "demo+int4"):
         from genbundle.builder.demo.show import MODEL, sample_inputs
 
-        also = ["transformers.js"] if name == "demo+" else []
-        return build_bundle(MODEL, sample_inputs(), backend, also=also, output=path, progress=False)
+        also = [] if name == "demo" else ["transformers.js"]
+        precision = "int4" if name == "demo+int4" else "fp32"
+        inputs = sample_inputs()
+        return build_bundle(MODEL, inputs, backend, also=also, precision=precision, output=path, progress=False)
     also, name = (ALSO, "chat") if name == "chat+" else ((), name)
     with_tokenizer, name = name.startswith("chat"), "llama" if name == "chat" else name.removeprefix("chat-")
     model = shrink.make(name) if name in shrink.CLASSES else models.make(name)

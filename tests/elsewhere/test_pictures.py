@@ -34,8 +34,10 @@ def test_node(bundle, node, calls, expected):
 
 
 @pytest.mark.long
-def test_page(bundle, node, chromium, calls, expected):
-    answers = node("browse.mjs", bundle("demo+").path, {"executable": chromium, "calls": calls})
+@pytest.mark.parametrize("name", ["demo+", "demo+int4"])
+def test_page(name, bundle, loaded, node, chromium, calls):
+    expected = [loaded(name).generate(call["chat"]).sequences.tolist() for call in calls]
+    answers = node("browse.mjs", bundle(name).path, {"executable": chromium, "calls": calls})
     assert [answer["sequences"] for answer in answers] == expected
     assert answers[0]["at"] < 1000 * PAGE_SECONDS
 
