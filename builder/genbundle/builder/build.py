@@ -102,7 +102,7 @@ def build_bundle(
         announce("load the model")
         loaded = load(model, processor)
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
-        with _writing(target), new_bundle(target, overwrite=overwrite) as writer:
+        with writing(target), new_bundle(target, overwrite=overwrite) as writer:
             with borrowed(loaded.model) as eager:
                 before = settings_of(eager)
                 limits = limits_of(eager, backend, max_length)
@@ -142,7 +142,7 @@ def build_bundle(
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """BuildError for what the operating system refuses while the bundle is made."""
     try:
         yield
@@ -226,5 +226,9 @@ def _export(
 def _packages(backend: str, precisions: Precisions) -> dict[str, str]:
     names = {"cpu": ("onnxruntime", "onnxscript"), "cuda": ("onnxruntime", "onnxscript"), "xnnpack": ("executorch",)}
     rounding = ("torchao",) if precisions.lossy and backend in ("xnnpack", "torch") else ()
-    used = ("genbundle", "transformers", "torch", *names.get(backend, ()), *rounding)
-    return {name: importlib.metadata.version(name).partition("+")[0] for name in used}
+    return package_versions("transformers", "torch", *names.get(backend, ()), *rounding)
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """The versions of genbundle and of these packages, without what a build of them adds."""
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("genbundle", *names)}

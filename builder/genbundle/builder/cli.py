@@ -103,6 +103,48 @@ def build(
             click.echo(line)
 
 
+@click.command(short_help="Make a bundle of what transformers exported.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--model", metavar="MODEL", help="The model that was exported, its directory or hub id: compare the bundle with it."
+)
+@click.option("--tokenizer", metavar="DIR", help="Where the tokenizer is; the directory itself or MODEL by default.")
+@click.option("--no-tokenizer", is_flag=True, help="A bundle that takes token ids.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle; NAME-cpu.bundle here by default."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
+@click.option("--quiet", "no_progress", is_flag=True, help="No progress bar, which is shown on a terminal only.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output; no progress bar.")
+def pack(
+    directory: Path, model: str | None, tokenizer: str | None, no_tokenizer: bool, output: Path | None, overwrite: bool,
+    no_progress: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make a bundle of DIRECTORY, which transformers' ExportedModel.save_pretrained wrote from export_for_generation.
+
+    Its ONNX graphs are taken as they are, without exporting again, and each weight once. That needs the components of a
+    text decoder. With --model the bundle is replayed against that model, token by token, as a build's is; without it,
+    the graphs are only compared with each other, and the bundle says so.
+
+    \b
+    Examples:
+      genbundle pack ./exported --model ./my-model
+      genbundle pack ./exported --tokenizer ./my-model --output my-model.bundle
+    """
+    with kept_log():
+        with needs_builder("pack"), quiet():
+            from genbundle.builder import pack_bundle
+        bundle = pack_bundle(
+            directory, model=model, processor=False if no_tokenizer else tokenizer, output=output, overwrite=overwrite,
+            progress=sys.stderr.isatty() and not (no_progress or as_json),
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report(bundle)))
+    else:
+        for line in lines(bundle):
+            click.echo(line)
+
+
 def report(bundle: Bundle) -> dict[str, Any]:
     """What was built, for scripts."""
     from dataclasses import asdict
@@ -137,7 +179,8 @@ def verified(bundle: Bundle) -> str:
     """One line on what the build's replay showed."""
     verification = bundle.manifest.verification
     if verification is None:
-        return "not verified (--no-verify)"
+        packed = bundle.manifest.settings.get("packed")
+        return "not compared with the original model" if packed else "not verified (--no-verify)"
     names = ", ".join(check.name for check in verification.checks)
     if verification.quality is not None:
         return (

@@ -55,8 +55,7 @@ def load(model: Any, processor: Any | None) -> Loaded:
         source = str(model)
         model = _from_pretrained(source)
         processor = processor or _load_processor(source, asked=False)
-    if isinstance(processor, str | os.PathLike):
-        processor = _load_processor(str(processor), asked=True)
+    processor = load_processor(processor)
     if not isinstance(model, PreTrainedModel):
         raise BuildError(
             f"model: expected a transformers PreTrainedModel, a directory or a hub id, got {type(model).__name__}"
@@ -129,6 +128,11 @@ def expect_unchanged(model: PreTrainedModel, before: Settings) -> None:
                 f"{names.get(module) or type(model).__name__}: the model's code changes its {changed[-1]!r} for good "
                 "while it generates, by its inputs: set it beforehand if its config can"
             )
+
+
+def load_processor(processor: Any) -> Any:
+    """A tokenizer or processor, loaded where it is given by its directory or hub id."""
+    return _load_processor(str(processor), asked=True) if isinstance(processor, str | os.PathLike) else processor
 
 
 def _from_pretrained(source: str) -> PreTrainedModel:

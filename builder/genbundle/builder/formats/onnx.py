@@ -27,7 +27,7 @@ def export_onnx(
 
     provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
     """
-    pool, models, programs, states = WeightPool(shaped=False), {}, [], {}
+    models, programs, states = {}, [], {}
     notes: list[str] = []
     lowered = list(lower_each(components, lambda item: _lower(item, provider, precisions), progress, notes))
     rounded = round_programs(lowered, precisions, progress, notes)
@@ -35,20 +35,35 @@ def export_onnx(
         _name_axes(model, component)
         program = rounded.describe(_describe(model, component, states))
         _rename(model, component)
-        models[component.name] = (model, _share(model, pool))
+        models[component.name] = model
         programs.append(program)
     progress("write weights")
+    size = write_models(models, folder)
+    carried = tuple(_without_unread_state(entry, states) for entry in programs)
+    return Exported(
+        programs=carried,
+        state=tuple(states.values()),
+        weights=WEIGHTS_NAME,
+        weight_bytes=size if precisions.lossy else None,
+        notes=tuple(notes),
+    )
+
+
+def write_models(models: Mapping[str, ir.Model], folder: Path) -> int:
+    """Write each model as NAME.onnx and the weights that they share, each once; returns the bytes of these."""
+    pool = WeightPool(shaped=False)
+    shared = {name: _share(model, pool) for name, model in models.items()}
     size = pool.write(folder / WEIGHTS_NAME)
-    for name, (model, shared) in models.items():
-        for value, key in shared:
-            slot = pool.slots[key]
-            value.const_value = ir.ExternalTensor(
+    for name, model in models.items():
+        for value, key in shared[name]:
+            slot, tensor = pool.slots[key], value.const_value
+            value.const_value = ir.ExternalTensor(  # pyright: ignore
                 WEIGHTS_NAME,
                 slot.offset,
                 slot.length,
-                value.const_value.dtype,
-                shape=value.const_value.shape,
-                name=value.name,
+                tensor.dtype,  # pyright: ignore
+                shape=tensor.shape,  # pyright: ignore
+                name=value.name,  # pyright: ignore
                 base_dir=folder,
             )
         model.producer_name, model.producer_version = "genbundle", None
@@ -62,14 +77,7 @@ def export_onnx(
                 if not value.is_graph_output():
                     value.shape = None
         ir.save(model, folder / f"{name}.onnx")
-    carried = tuple(_without_unread_state(entry, states) for entry in programs)
-    return Exported(
-        programs=carried,
-        state=tuple(states.values()),
-        weights=WEIGHTS_NAME,
-        weight_bytes=size if precisions.lossy else None,
-        notes=tuple(notes),
-    )
+    return size
 
 
 def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Program:
