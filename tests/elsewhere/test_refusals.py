@@ -4,6 +4,7 @@ import pytest
 
 from genbundle.builder import build_bundle
 from genbundle.bundles import BuildError, UnsupportedModelError
+from genbundle.runtime.cli import invoke
 from tests.zoo import models
 
 
@@ -66,3 +67,10 @@ def test_options_of_the_generation_config(tmp_path):
     model.generation_config.suppress_tokens = [7]
     with pytest.raises(UnsupportedModelError, match="ONNX Runtime GenAI doesn't know suppress_tokens"):
         build_bundle(model, also=["ort-genai"], output=tmp_path / "b", progress=False)
+
+
+def test_command(tmp_path, capsys):
+    assert invoke(["build", str(tmp_path), "--also", "tflite", "--output", str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "genbundle: error: also: unknown runtime 'tflite': choose among ort-genai, transformers.js"
+    )

@@ -5,7 +5,6 @@ the model's own merge does just that is tried on the captured prompts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from genbundle.builder.components import Component
 from genbundle.builder.merge import Prompt
 from genbundle.builder.plan import Plan
-from genbundle.builder.programs import BATCH, NEW, PAST, text_sample, with_past
+from genbundle.builder.programs import BATCH, NEW, PAST, ROOM, text_sample, with_past
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 
@@ -87,12 +86,14 @@ def embedded_components(
     given |= {path: tokens[path] for path in sample if path != EMBEDDINGS and path in tokens}
     if given.keys() != set(sample):
         raise NotSimpleError(f"{name}: its prompt takes {sorted(sample)}, its steps {sorted(given)}")
+    embedded = {0: "batch", 1: "sequence"}
+    in_place = fused and "attention_mask" in given
     decoder = Component(
         name="decoder",
         roles=("language_model", "lm_head", "decode"),
-        module=Prompt(model, template, plan.layers, fused=fused, begins=False).eval(),
+        module=Prompt(model, template, plan.layers, fused=fused, in_place=in_place, begins=False).eval(),
         sample=given,
-        axes={**axes, EMBEDDINGS: {0: "batch", 1: "sequence"}},
+        axes={**{path: axes[path] for path in (*given, "logits") if path in axes}, EMBEDDINGS: embedded},
         sources={path: sources[path] for path in given},
         fusions=fused,
     )
@@ -101,9 +102,7 @@ def embedded_components(
         roles=("merge",),
         module=Embed(model).eval(),
         sample={"input_ids": tokens["input_ids"]},
-        axes={"input_ids": axes["input_ids"], MERGED: {0: "batch", 1: "sequence"}},
+        axes={"input_ids": axes["input_ids"], MERGED: embedded},
         sources={"input_ids": Source(kind="tokens")},
     )
-    return embed, with_past(
-        replace(decoder, axes={k: v for k, v in decoder.axes.items() if k != "input_ids"}), plan.layers
-    )
+    return embed, with_past(decoder, plan.layers, ROOM if in_place else PAST, in_place=in_place)

@@ -106,7 +106,7 @@ class Prompt(torch.nn.Module):
 
     template: the language model's kwargs as the merge recorded them; each tensor in it is replaced by the input of its
     path. With `fused`, attention becomes GroupQueryAttention, which only traces. begins: the whole prompt in one call,
-    without a past; else any part of it, behind the past inputs of `Decoder`.
+    without a past; else any part of it, behind the past inputs of `Decoder`, written `in_place` as there.
     """
 
     def __init__(
@@ -116,10 +116,12 @@ class Prompt(torch.nn.Module):
         layers: Sequence[Layer],
         *,
         fused: bool,
+        in_place: bool = False,
         begins: bool = True,
     ):
         super().__init__()
         self.model, self.config, self.fused, self._begins = model, model.config, fused, begins
+        self._in_place = in_place
         self._template = {name: value for name, value in template.items() if name not in _FLAGS}
         self._layers = tuple(layers)
 
@@ -127,7 +129,8 @@ class Prompt(torch.nn.Module):
         """Logits `[batch, 1, vocabulary]` and the present of every layer."""
         embeds = inputs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        layers = open_layers(self._layers, inputs, embeds, fused=self.fused, begins=self._begins)
+        before = inputs["attention_mask"].shape[1] - length if self._in_place else None
+        layers = open_layers(self._layers, inputs, embeds, fused=self.fused, begins=self._begins, past=before)
         cache = make_cache(layers)
         language_model = language_model_of(self.model)
         original = language_model.forward

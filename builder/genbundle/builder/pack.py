@@ -156,7 +156,10 @@ def _manifest(export: UpstreamExport, processor: Any, limits: Limits, folder: Pa
         generation=describe_generation(model),
         text=text,
         files={},
-        notes=("packed from graphs that transformers exported, which compute logits for every token of a prompt", *export.notes),
+        notes=(
+            "packed from graphs that transformers exported, which compute logits for every token of a prompt",
+            *export.notes,
+        ),
         packages={**package_versions(), **export.packages},
         settings={"packed": True},
     )

@@ -16,7 +16,7 @@ from genbundle.builder.plan import Call, Capture, Plan, make_plan
 from genbundle.bundles.manifest import CAPACITY, Flow, Route, Source
 
 # Traced with sizes that differ from each other and from 1, so that none is taken for another or for a constant.
-BATCH, NEW, PAST, _PROMPT, _CAPACITY = 2, 3, 5, 9, 13
+BATCH, NEW, PAST, _PROMPT, ROOM = 2, 3, 5, 9, 13
 PROMPTS = ("prompt", "short_prompt")
 """The programs that take a whole prompt, the second one those that are too short for the first."""
 # Tokens of a long prompt that go through at once: more are hardly faster, and the work space grows with them. Beside
@@ -64,7 +64,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         constants=plan.step.constants,
     ).eval()
     sample, axes = text_sample(plan.step, new=NEW if plan.continues else 1, past=PAST)
-    past = _CAPACITY if in_place else PAST + plan.step.unmasked
+    past = ROOM if in_place else PAST + plan.step.unmasked
     decode = Component(
         name="decode",
         roles=("merge", "language_model", "lm_head", "decode"),

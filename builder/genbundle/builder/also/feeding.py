@@ -5,13 +5,13 @@ from typing import Any
 
 from genbundle.builder.components import Component
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Flow
+from genbundle.bundles.manifest import CAPACITY, Flow
 
 # Options that count only when sampling: without them a runtime draws from another distribution, which is said.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 # How many tokens to generate is for the caller to say.
 _LENGTHS = ("max_new_tokens", "max_length")
-_GROWING = ("past", "capacity")  # axes of keys and values that may be 0 long
+_GROWING = ("past", CAPACITY)  # axes of keys and values that may be 0 long
 
 
 def expect_decoder(label: str, component: Component, flow: Flow, *, entry: str = "input_ids") -> None:
