@@ -9,10 +9,8 @@ const folder = process.argv[2];
 const calls = JSON.parse(fs.readFileSync(0, 'utf-8'));
 const integers = (rows) => new Tensor('int64', BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
 const numbers = (tensor) => tensor.tolist().map((row) => row.map(Number));
-const load = calls.some((call) => call.picture)
-    ? AutoModelForImageTextToText.from_pretrained(folder)
-    : AutoModelForCausalLM.from_pretrained(folder);
-const model = await load;
+const { model_type: type } = JSON.parse(fs.readFileSync(`${folder}/config.json`, 'utf-8'));
+const model = await (type === 'llava' ? AutoModelForImageTextToText : AutoModelForCausalLM).from_pretrained(folder);
 
 async function answer(call) {
     if (call.chat && !call.picture) {
@@ -27,6 +25,7 @@ async function answer(call) {
         return numbers(await model.generate(inputs));
     }
     const given = { input_ids: integers(call.rows), max_new_tokens: call.new };
+    if (call.pixels) given.pixel_values = new Tensor('float32', Float32Array.from(call.pixels.data), call.pixels.shape);
     if (call.mask) given.attention_mask = integers(call.mask);
     return numbers(await model.generate(given));
 }

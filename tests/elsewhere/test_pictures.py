@@ -5,6 +5,7 @@ from random import Random
 import pytest
 
 from genbundle.builder.demo.scenes import draw, held_out_scenes, questions_by_kind
+from genbundle.bundles.golden import GOLDEN_NAME, read_golden
 
 PAGE_SECONDS = 10  # from opening the page to its first answer, on 2 cores
 
@@ -31,6 +32,18 @@ def expected(loaded, calls):
 
 def test_node(bundle, node, calls, expected):
     assert node("generate.mjs", bundle("demo+").path, calls) == expected
+
+
+def test_recorded_generations_in_node(bundle, node):
+    """What eager gave for arrays: other pictures, several of them, none."""
+    cases = [case for case in read_golden(bundle("demo+").file(GOLDEN_NAME)) if case.inputs["attention_mask"].all()]
+    calls = [{"rows": case.inputs["input_ids"].tolist(), "new": case.options["max_new_tokens"]} for case in cases]
+    for case, call in zip(cases, calls, strict=True):
+        if "pixel_values" in case.inputs:
+            pixels = case.inputs["pixel_values"]
+            call["pixels"] = {"shape": pixels.shape, "data": pixels.reshape(-1).tolist()}
+    assert {case.name for case in cases} >= {"as given", "two pictures", "text alone"}
+    assert node("generate.mjs", bundle("demo+").path, calls) == [case.sequences.tolist() for case in cases]
 
 
 @pytest.mark.long

@@ -50,14 +50,26 @@ def test_models(name, also, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("also", ["ort-genai", "transformers.js"])
-def test_state_that_does_not_grow(also, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "also", "message"),
+    [
+        ("MambaForCausalLM", "ort-genai", "wants one program for prompt and step"),
+        ("MambaForCausalLM", "transformers.js", "wants one program for prompt and step"),
+        ("MptForCausalLM", "transformers.js", "keys and values, which grow, and decode also past_ids"),
+        (
+            "DeepseekV3ForCausalLM",
+            "ort-genai",
+            "keys and values of one size, and past_0_key has heads of 16, its values",
+        ),
+    ],
+)
+def test_state_that_it_does_not_carry(name, also, message, tmp_path):
     from tests.zoo import shrink
 
-    model = shrink.make("MambaForCausalLM")
-    with pytest.raises(UnsupportedModelError, match="wants one program for prompt and step"):
+    model = shrink.make(name)
+    with pytest.raises(UnsupportedModelError, match=message):
         build_bundle(
-            model, shrink.variants("MambaForCausalLM", model)["build"], also=[also], output=tmp_path / "b",
+            model, shrink.variants(name, model)["build"], also=[also], output=tmp_path / "b",
             progress=False,
         )  # fmt: skip
 

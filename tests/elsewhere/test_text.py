@@ -70,5 +70,9 @@ def test_weights_are_stored_once(bundle):
     assert both.manifest.weights == "onnx/model.onnx_data"
     assert both.manifest.files["onnx/model.onnx_data"] == plain.manifest.files["weights.safetensors"]
     assert both.manifest.settings["also"] == ["ort-genai", "transformers.js"]
+    # The model's own config stands apart: `multi_query` (Falcon) alone would have other names looked for.
+    config = json.loads((both.path / "config.json").read_text())
+    assert {"model_type", "num_hidden_layers", "genbundle"} < set(config)
+    assert "hidden_size" not in config and config["genbundle"]["hidden_size"] == 64
     config = json.loads((both.path / "genai_config.json").read_text())
     assert config["model"]["decoder"]["filename"] == both.manifest.program("decode").file

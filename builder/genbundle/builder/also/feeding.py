@@ -1,5 +1,6 @@
 """What runtimes with a generation loop of their own feed a decoder's program with, and what they can't."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from genbundle.bundles.manifest import CAPACITY, Flow
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 # How many tokens to generate is for the caller to say.
 _LENGTHS = ("max_new_tokens", "max_length")
+_KEPT = re.compile(r"past_\d+_(key|value)")
 _GROWING = ("past", CAPACITY)  # axes of keys and values that may be 0 long
 
 
@@ -51,12 +53,12 @@ def expect_decoder(label: str, component: Component, flow: Flow, *, entry: str =
 
 def _expect_growing(label: str, component: Component, name: str) -> None:
     """A layer's keys or values, which are `[batch, heads, length, width]`."""
-    _, index, kind = name.split("_", 2)
-    axes = component.axes[name]
-    if kind not in ("key", "value") or axes.get(0) != "batch" or axes.get(2) not in _GROWING or len(axes) != 2:
+    axes = component.axes.get(name, {})
+    growing = axes.get(0) == "batch" and axes.get(2) in _GROWING and len(axes) == 2
+    if _KEPT.fullmatch(name) is None or not growing:
+        shape = [axes.get(axis, size) for axis, size in enumerate(component.sample[name].shape)]
         raise UnsupportedModelError(
-            f"{label} carries keys and values that grow, and layer {index} keeps {kind} of the shape "
-            f"{[axes.get(axis, size) for axis, size in enumerate(component.sample[name].shape)]}"
+            f"{label} carries each layer's keys and values, which grow, and {component.name} also {name} {shape}"
         )
 
 

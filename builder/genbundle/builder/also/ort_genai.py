@@ -36,6 +36,13 @@ def expect(components: Iterable[Component], flow: Flow) -> None:
         raise UnsupportedModelError(
             f"{LABEL} pads batches on the right, and {decoder.name} takes no mask that tells padding from tokens"
         )
+    for name in (name for name, source in decoder.sources.items() if source.kind == "state"):
+        keys, values = decoder.sample[name], decoder.sample[name.replace("_key", "_value")]
+        if keys.shape != values.shape:
+            raise UnsupportedModelError(
+                f"{LABEL} takes keys and values of one size, and {name} has heads of {keys.shape[-1]}, its values of "
+                f"{values.shape[-1]}"
+            )
 
 
 def window_note(window: int) -> str:

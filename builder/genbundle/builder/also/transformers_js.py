@@ -32,6 +32,11 @@ _DTYPES = {"fp32": ("fp32", ""), "int8": ("q8", "_quantized"), "int4": ("q4", "_
 """Precision -> what it calls that, and how such files end."""
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 _NO_PATCH = 1_000_000
+# `generic_text_to_text_forward` of its modeling_utils.js makes a mask of ones for the past of such a prompt.
+_PADDING_NOTE = (
+    f"{LABEL} forgets a batch's padding after the first token where pictures are given: its sequences have to be "
+    "equally long there"
+)
 
 
 def expect(components: Iterable[Component], flow: Flow) -> None:
@@ -78,7 +83,7 @@ def complete(manifest: Manifest, folder: Path, config: Any) -> Manifest:
     _write(folder / "config.json", _config(manifest, config, settings))
     _write(folder / "generation_config.json", _generation(manifest.generation))
     _complete_tokenizer(manifest, folder)
-    notes = _write_processor(manifest.images, folder) if len(stems) > 1 else ()
+    notes = (*_write_processor(manifest.images, folder), _PADDING_NOTE) if len(stems) > 1 else ()
     weights = (
         next(iter(counts)) + "_data" if list(counts.values()) == [1] and not (folder / WEIGHTS_NAME).exists() else None
     )
@@ -123,25 +128,22 @@ def _file(program: Program, stem: str) -> str:
 
 
 def _config(manifest: Manifest, config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The model's config with what transformers.js reads of it; what stood there goes to `genbundle`."""
-    own = config.to_diff_dict()
-    kept = {name: own[name] for name in ("model_type", "architectures") if own.get(name) is not None}
-    plain = {
+    """What transformers.js reads, and nothing else that it knows; the model's own config is in `genbundle`."""
+    plain: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": _layers(manifest.program(manifest.flow.step[-1])),
         "max_position_embeddings": manifest.flow.capacity,
     }
     if len(_stems(manifest)) > 1:
-        token = manifest.images.token_id if manifest.images is not None else None
         plain = {
             "model_type": "llava",
             "architectures": ["LlavaForConditionalGeneration"],
             "max_position_embeddings": manifest.flow.capacity,
-            "image_token_index": token,
-            "text_config": {**own.get("text_config", {}), **plain},
+            "image_token_index": manifest.images.token_id if manifest.images is not None else None,
+            "text_config": plain,
         }
-    return {**own, **plain, "is_encoder_decoder": False, "genbundle": kept, "transformers.js_config": settings}
+    return {**plain, "genbundle": config.to_diff_dict(), "transformers.js_config": settings}
 
 
 def _layers(decoder: Program) -> int:
