@@ -90,14 +90,11 @@ def test_weights_in_several_files(bundle, tmp_path):
             np.testing.assert_array_equal(found, value)
 
 
-def test_what_sampling_and_windows_are_noted():
+def test_what_sampling_and_windows_are_said():
     options = {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "max_new_tokens": 9}
-    notes = expect_generation(
-        ("ort-genai", "transformers.js"), Generation(options=options), Limits(capacity=9, window=4, restart=None)
-    )
-    assert len(notes) == 2
-    assert notes[0] == "transformers.js samples without the model's top_p=0.9, which it doesn't know"
-    assert notes[1].endswith("through the window of 4 there than alone")
-    assert not expect_generation(
-        ("transformers.js",), Generation(options={"top_p": 0.9}), Limits(capacity=9, window=4, restart=None)
-    )
+    limits = Limits(capacity=9, window=4, restart=None)
+    genai, js = expect_generation(("ort-genai", "transformers.js"), Generation(options=options), limits)
+    assert genai.name == "ONNX Runtime GenAI" and len(genai.differs) == 1
+    assert genai.differs[0].endswith("through the window of 4 there than alone")
+    assert js.differs == ("transformers.js samples without the model's top_p=0.9, which it doesn't know",)
+    assert expect_generation(("transformers.js",), Generation(options={"top_p": 0.9}), limits)[0].differs == ()

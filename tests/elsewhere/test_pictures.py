@@ -61,4 +61,6 @@ def test_weights_are_stored_once(bundle):
     assert len(sizes) == 3
     assert sum(sizes.values()) < 1.01 * plain.manifest.files["weights.safetensors"].size
     assert both.manifest.weights is None
+    (runner,) = both.manifest.runners
+    assert "forgets a batch's padding" in " ".join(runner.differs)
     assert "weights.safetensors" not in both.manifest.files

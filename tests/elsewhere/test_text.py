@@ -69,6 +69,10 @@ def test_weights_are_stored_once(bundle):
     assert added == {"genai_config.json", "generation_config.json"}
     assert both.manifest.weights == "onnx/model.onnx_data"
     assert both.manifest.files["onnx/model.onnx_data"] == plain.manifest.files["weights.safetensors"]
+    assert [(runner.name, runner.obstacle) for runner in both.manifest.runners] == [
+        ("ONNX Runtime GenAI", None),
+        ("transformers.js", None),
+    ]
     assert both.manifest.settings["also"] == ["ort-genai", "transformers.js"]
     # The model's own config stands apart: `multi_query` (Falcon) alone would have other names looked for.
     config = json.loads((both.path / "config.json").read_text())

@@ -175,7 +175,7 @@ def _export(
     """Capture, explain and export; everything of the manifest but the verification."""
     model = loaded.model
     generation = describe_generation(model)
-    notes = expect_generation(settings.also, generation, limits)
+    runners = expect_generation(settings.also, generation, limits)
     announce("capture")
     captures = capture_calls(model, samples.capture)
     generation = observed_generation(generation, captures)
@@ -214,13 +214,13 @@ def _export(
         text=text,
         images=images,
         files={},
-        notes=(*exported.notes, *notes),
+        notes=exported.notes,
         runners=exported.runners,
         packages=_packages(settings.backend, precisions),
         settings=asdict(settings),
     )
     manifest = replace(manifest, runners=tried_runners(manifest, folder))
-    return complete(settings.also, manifest, folder, model.config)
+    return complete(settings.also, manifest, runners, folder, model.config)
 
 
 def _packages(backend: str, precisions: Precisions) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Other runtimes that can open a bundle's directory: what each needs, checked before the export, and its files."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from genbundle.builder.components import Component
 from genbundle.builder.limits import Limits
 from genbundle.builder.passes.last_tokens import take_last_tokens
 from genbundle.bundles import BuildError
-from genbundle.bundles.manifest import Flow, Generation, Manifest
+from genbundle.bundles.manifest import Flow, Generation, Manifest, Runner
 
 EMBEDDED = "transformers.js"
 """The runtime that wants models of pictures with a decoder which takes embeddings."""
@@ -39,16 +40,19 @@ def check_also(also: Sequence[str] | str, backend: str) -> tuple[str, ...]:
     return names
 
 
-def expect_generation(also: Collection[str], generation: Generation, limits: Limits) -> tuple[str, ...]:
-    """Notes on what the runtimes do otherwise: when sampling, or in a batch.
+def expect_generation(also: Collection[str], generation: Generation, limits: Limits) -> tuple[Runner, ...]:
+    """The runtimes with what they do otherwise than the bundle says: when sampling, or in a batch.
 
     Raises UnsupportedModelError for what the model's generation config asks for and would change the most probable
     tokens.
     """
-    notes = [note for name in also for note in expect_options(_LABELS[name], generation.options, _OPTIONS[name])]
-    if "ort-genai" in also and limits.window is not None:
-        notes.append(ort_genai.window_note(limits.window))
-    return tuple(notes)
+    runners = []
+    for name in also:
+        differs = [*expect_options(_LABELS[name], generation.options, _OPTIONS[name])]
+        if name == "ort-genai" and limits.window is not None:
+            differs.append(ort_genai.window_note(limits.window))
+        runners.append(Runner(name=_LABELS[name], differs=tuple(differs)))
+    return tuple(runners)
 
 
 def expect_fed(also: Collection[str], components: Iterable[Component], flow: Flow) -> None:
@@ -58,15 +62,23 @@ def expect_fed(also: Collection[str], components: Iterable[Component], flow: Flo
         _EXPECT[name](components, flow)
 
 
-def complete(also: Collection[str], manifest: Manifest, folder: Path, config: Any) -> Manifest:
+def complete(
+    also: Collection[str], manifest: Manifest, runners: Iterable[Runner], folder: Path, config: Any
+) -> Manifest:
     """Write what the runtimes need beside the exported bundle in `folder`; the manifest with files moved for them.
 
-    config: the model's, in transformers.
+    runners: as `expect_generation` gives them. config: the model's, in transformers.
     """
+    differs: dict[str, list[str]] = {runner.name: list(runner.differs) for runner in runners}
+    if manifest.flow.alone:
+        for name, said in differs.items():
+            said.append(f"{name} may be given several sequences, and this model's code takes one")
     if "ort-genai" in also:
         ort_genai.change_graphs(manifest, folder, take_last_tokens)
     if "transformers.js" in also:
-        manifest = transformers_js.complete(manifest, folder, config)
+        manifest, said = transformers_js.complete(manifest, folder, config)
+        differs[transformers_js.LABEL] += said
     if "ort-genai" in also:
         ort_genai.complete(manifest, folder)
-    return manifest
+    runs = (Runner(name=name, differs=tuple(said)) for name, said in differs.items())
+    return replace(manifest, runners=(*manifest.runners, *runs))

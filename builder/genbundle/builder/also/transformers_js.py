@@ -64,8 +64,9 @@ def _expect_pictures(encoder: Component) -> None:
         )
 
 
-def complete(manifest: Manifest, folder: Path, config: Any) -> Manifest:
-    """Give the programs its names and write its config files; the manifest with the moved files."""
+def complete(manifest: Manifest, folder: Path, config: Any) -> tuple[Manifest, tuple[str, ...]]:
+    """Give the programs its names and write its config files; the manifest with the moved files, and what it does
+    otherwise than the bundle says."""
     stems = _stems(manifest)
     manifest = _renamed(manifest, folder, stems)
     files = {name: _file(manifest.program(name), stem) for name, stem in stems.items()}
@@ -87,7 +88,7 @@ def complete(manifest: Manifest, folder: Path, config: Any) -> Manifest:
     weights = (
         next(iter(counts)) + "_data" if list(counts.values()) == [1] and not (folder / WEIGHTS_NAME).exists() else None
     )
-    return replace(manifest, programs=programs, weights=weights, notes=(*manifest.notes, *notes))
+    return replace(manifest, programs=programs, weights=weights), notes
 
 
 def _stems(manifest: Manifest) -> dict[str, str]:
