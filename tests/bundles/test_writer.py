@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -441,3 +442,32 @@ def test_writing_is_quick(tmp_path):
     begun = time.perf_counter()
     write(tmp_path / "b")
     assert time.perf_counter() - begun < 5
+
+
+def test_golden_arrays_that_repeat_are_deflated(tmp_path):
+    case = replace(CASE, inputs={**CASE.inputs, "pixel_values": np.zeros((1, 3, 64, 64), np.float32)})
+    write_golden(tmp_path / "g", [case])
+    assert (tmp_path / "g").stat().st_size < 2000
+    (found,) = read_golden(tmp_path / "g")
+    np.testing.assert_array_equal(found.inputs["pixel_values"], case.inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1, 3, 64, 63]},  # it gives more bytes than that
+        {"shape": [1, 3, 64, 65]},
+        {"shape": [1, 2**20, 2**20]},
+        {"deflated": b"nothing"},
+        {"deflated": zlib.compress(bytes(2**24))},
+        {"deflated": zlib.compress(bytes(3 * 64 * 64 * 4))[:-6]},
+    ],
+)
+def test_bad_deflated_arrays(tmp_path, change):
+    case = replace(CASE, inputs={"input_ids": CASE.inputs["input_ids"], "x": np.zeros((1, 3, 64, 64), np.float32)})
+    write_golden(tmp_path / "g", [case])
+    content = msgpack.unpackb((tmp_path / "g").read_bytes())
+    content["cases"][0]["inputs"]["x"] |= change
+    (tmp_path / "g").write_bytes(msgpack.packb(content))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BundleError, match="not a golden file"):
+        read_golden(tmp_path / "g")

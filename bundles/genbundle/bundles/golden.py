@@ -1,5 +1,7 @@
 """Recorded inputs with the tokens and logits that eager gave: a bundle proves itself by them with no model near."""
 
+import math
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ _VERSION = 1
 _MOST_ITEMS = 10_000
 MOST_ROUNDING = 0.01
 """The most that a record may say of a model's rounding: above it nothing would be proven."""
+_MOST_BYTES = 2**31  # of one array, which few bytes may claim to hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ def read_golden(path: Path) -> list[GoldenCase]:
         for case in cases:
             _check(case)
         return cases
-    except (KeyError, TypeError, ValueError, AttributeError, msgpack.exceptions.UnpackException) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error, msgpack.exceptions.UnpackException) as error:
         raise BundleError(f"{path}: not a golden file: {error}") from error
 
 
@@ -131,7 +134,10 @@ def _check(case: GoldenCase) -> None:
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": np.ascontiguousarray(array).tobytes()}
+    data = np.ascontiguousarray(array).tobytes()
+    deflated = zlib.compress(data, 9)
+    packed = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    return {**packed, "deflated": deflated} if len(deflated) < len(data) else {**packed, "data": data}
 
 
 def _unpack(value: dict[str, Any]) -> np.ndarray:
@@ -140,4 +146,15 @@ def _unpack(value: dict[str, Any]) -> np.ndarray:
     shape = value["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"expected a shape, got {shape!r:.200}")
-    return np.frombuffer(value["data"], numpy_dtype(value["dtype"])).reshape(shape)
+    dtype = numpy_dtype(value["dtype"])
+    if "deflated" not in value:
+        return np.frombuffer(value["data"], dtype).reshape(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if size > _MOST_BYTES:
+        raise ValueError(f"an array of shape {shape} is larger than {_MOST_BYTES} bytes")
+    inflater = zlib.decompressobj()
+    # One byte more than there may be, and no others, however many it would give.
+    data = inflater.decompress(value["deflated"], size + 1)
+    if len(data) != size or not inflater.eof:
+        raise ValueError(f"expected {size} deflated bytes of an array of shape {shape}")
+    return np.frombuffer(data, dtype).reshape(shape)
