@@ -1,5 +1,6 @@
 """Bundles in ExecuTorch's own runners, as they are: the tokens of our runtime, which are those of eager."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from genbundle.builder import stock_runners
 from genbundle.builder.stateful import DecoderCall
 from genbundle.bundles.manifest import Runner, Text
+from genbundle.runtime.device import write_device_folder
 from genbundle.runtime.images import preprocess
 from genbundle.runtime.inspection import as_text
 from genbundle.runtime.questions import added_prefix, question_parts, split_ids
@@ -97,6 +99,32 @@ def test_sound_beside_text(loaded):
         assert len(said) == 10 or said[-1] == "<eos>"
         compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("name", ["chat", "demo", "chat-VoxtralForConditionalGeneration"])
+def test_a_phones_folder_proves_itself(name, bundle, tmp_path):
+    """What the written Kotlin and Swift do with golden.json, in the runner that they call."""
+    from executorch.extension.llm import runner as library
+
+    facts = write_device_folder(bundle(name, "xnnpack"), "android", tmp_path / "phone")
+    cases = json.loads((tmp_path / "phone" / "golden.json").read_text())["cases"]
+    assert len(cases) == facts["golden_cases"] >= 1 and facts["planned_bytes"] > 0
+    files = str(tmp_path / "phone" / "model.pte"), str(tmp_path / "phone" / "tokenizer.json")
+    runner = library.TextLLMRunner(*files) if name == "chat" else library.MultimodalRunner(*files, None)
+    media = library.make_image_input if name == "demo" else library.make_audio_input
+    for case in cases:
+        given, said = [], []
+        for part in case["parts"]:
+            if "text" in part:
+                given.append(library.make_text_input(part["text"]))
+                continue
+            array = np.fromfile(tmp_path / "phone" / part["file"], "<f4").reshape(part["shape"])
+            tensor = torch.from_numpy(array)
+            given.append(media(tensor if name == "demo" else tensor[None]))
+        runner.reset()
+        inputs = "".join(part["text"] for part in case["parts"]) if name == "chat" else given
+        runner.generate(inputs, settings(max_new_tokens=len(case["expected_token_ids"])), said.append, None)
+        assert "".join(said) == case["expected_text"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from genbundle.bundles import MissingExtraError
 from genbundle.runtime import load_bundle
 from genbundle.runtime.cli import invoke
 
-COMMANDS = ("build", "run", "inspect", "verify", "bench", "demo")
+COMMANDS = ("build", "run", "inspect", "verify", "bench", "device", "demo")
 
 
 @pytest.fixture

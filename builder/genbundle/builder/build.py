@@ -114,7 +114,7 @@ def build_bundle(
                 manifest = export(EXPORTERS[backend])
                 held_out = samples.held_out | reaching(eager, given, samples, manifest, limits)
                 room = None if limits.capacity is None else limits.capacity - NEW_TOKENS
-                held_out |= asking(eager, manifest, writer.path, room)
+                held_out |= asking(eager, manifest, writer.path, given, room)
                 cases = [
                     record(eager, name, inputs, new_tokens(inputs, limits, lossy=precisions.lossy))
                     for name, inputs in (held_out.items() if settings.verify else ())

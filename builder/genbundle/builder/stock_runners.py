@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ from genbundle.builder.stateful import DecoderCall
 from genbundle.builder.stateful_encoder import MediaEncoder
 from genbundle.bundles.manifest import Manifest, Runner
 from genbundle.runtime.images import preprocess
-from genbundle.runtime.questions import added_prefix, question_parts
+from genbundle.runtime.questions import Parts, added_prefix, question_parts
 from genbundle.runtime.text import TextProcessor
 
 TEXT_RUNNER, MULTIMODAL_RUNNER, SEQ2SEQ_RUNNER = "TextLLMRunner", "MultimodalRunner", "Seq2SeqRunner"
@@ -118,27 +117,45 @@ def _tried(runner: Runner, manifest: Manifest, folder: Path) -> Runner:
     return replace(runner, prefix=prefix, differs=(*differs, *other))
 
 
-def asking(model: PreTrainedModel, manifest: Manifest, folder: Path, room: int | None) -> dict[str, Inputs]:
-    """A held-out question in words, with a picture where the model takes any: what a phone can be checked with.
+def asking(
+    model: PreTrainedModel, manifest: Manifest, folder: Path, given: Sequence[Inputs], room: int | None
+) -> dict[str, Inputs]:
+    """A held-out question in words, about a picture or a sound where the model takes any: what a phone is checked with.
 
-    Empty where no runner but genbundle's runs the bundle, its pictures are taken as arrays only, or the question is
-    longer than `room` tokens.
+    given: samples, whose first picture or sound it is about where the bundle has no steps from a picture to its pixels.
+    Empty where no runner but genbundle's runs the bundle, and for a question of more than `room` tokens.
     """
-    ready, images = [runner for runner in manifest.runners if runner.obstacle is None], manifest.images
-    media = any(route.needs for route in manifest.flow.prompt)
-    if not ready or (media and (images is None or not images.steps)):
+    ready = [runner for runner in manifest.runners if runner.obstacle is None]
+    if not ready or manifest.text is None:
         return {}
-    processor, ids = text_processor(manifest, folder), []
-    parts = question_parts(processor, images, QUESTION, ready[0].prefix)
+    processor, images, ids = text_processor(manifest, folder), manifest.images, []
+    media, placeholder, count = _first_media(manifest, given)
+    if media and (images is None or images.placeholder is None):
+        parts: Parts = (*([ready[0].prefix] if ready[0].prefix else []), None, QUESTION)
+    else:
+        parts = question_parts(processor, images, QUESTION, ready[0].prefix)
     for part in parts:
-        placeholders = [images.token_id] * (images.tokens_per_image or 0) if images is not None else []
-        ids += placeholders if part is None else processor.encode(part, add_special_tokens=False)
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    if images is not None:
-        noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
-        inputs[images.input] = torch.from_numpy(preprocess([PIL.Image.fromarray(noise)], images))
-    fits = room is None or len(ids) <= room
-    return {f"asked: {QUESTION}": inputs} if ids and fits and generates(model, inputs) else {}
+        ids += [placeholder] * count if part is None else processor.encode(part, add_special_tokens=False)
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), **media}
+    fits = sum(part is None for part in parts) == len(media) and (room is None or len(ids) <= room)
+    return {f"asked: {QUESTION}": inputs} if fits and generates(model, inputs) else {}
+
+
+def _first_media(manifest: Manifest, given: Sequence[Inputs]) -> tuple[Inputs, int, int]:
+    """A picture or sound as the model takes it, its placeholder token and how often that stands in a prompt."""
+    images = manifest.images
+    encoder = next((program for program in manifest.programs if program.modality is not None), None)
+    if encoder is None:
+        return {}, 0, 0
+    if images is not None and images.steps:
+        pixels = torch.from_numpy(preprocess([PIL.Image.linear_gradient("L").convert("RGB")], images))
+        return {images.input: pixels}, images.token_id or 0, images.tokens_per_image or 0
+    token = encoder.placeholder_id if images is None else images.token_id
+    name = next((item.source.name for item in encoder.inputs if item.source.kind == "user"), None)
+    if not given or name not in given[0] or token is None:
+        return {}, 0, 0
+    rows = given[0][name]
+    return {name: rows[:1]}, token, int((given[0]["input_ids"][0] == token).sum()) // len(rows)
 
 
 def text_processor(manifest: Manifest, folder: Path) -> TextProcessor:

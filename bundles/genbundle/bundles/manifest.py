@@ -65,7 +65,8 @@ class Program:
 
     placeholder_id: the token that stands in a prompt once for each row of the program's first output beside logits and
     state, its features; `images.token_id` for an encoder of pictures that says nothing. least: the fewest tokens,
-    padding counted, that it may be called with. largest: the most that symbolic sizes of its inputs may be.
+    padding counted, that it may be called with. largest: the most that symbolic sizes of its inputs may be. memory: the
+    bytes that its engine reserves for it beside the weights; programs that share a method share them.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Program:
     largest: dict[str, int] = field(default_factory=dict)
     method: str | None = None
     precision: str = "fp32"
+    memory: int | None = field(default=None, metadata=_FROM_1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ _BUILDER = {
     "build": "Export a model into a bundle and verify it.",
     "demo": "Build the embedded image-text model and ask it about a picture.",
 }
-_ORDER = ("build", "run", "inspect", "verify", "bench", "demo")
+_ORDER = ("build", "run", "inspect", "verify", "bench", "device", "demo")
 
 
 class Commands(click.Group):
@@ -316,6 +316,38 @@ def bench(
     )
     for name, value in rows:
         click.echo(f"{name:<8}{value}")
+
+
+@cli.command(short_help="Write a bundle as a folder for an Android or iOS app.")
+@_BUNDLE
+@click.option("--platform", required=True, metavar="NAME", help="android or ios.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="The folder; BUNDLE-PLATFORM here by default."
+)
+@_JSON
+def device(bundle: Path, platform: str, output: Path | None, as_json: bool) -> None:
+    """Write what an app needs to run BUNDLE, of the backend xnnpack, in ExecuTorch's own runners.
+
+    The folder holds the model and its tokenizer, a Kotlin or Swift file with the calls for this model, its sizes and
+    memory, and recorded cases with the expected tokens, by which the phone proves itself. Bundles that those runners
+    can't run are refused with the cause; `genbundle inspect` shows it as well.
+
+    \b
+    Examples:
+      genbundle device llama-xnnpack.bundle --platform android
+      genbundle device llava-xnnpack.bundle --platform ios --output App/Model
+    """
+    from genbundle.runtime.device import write_device_folder
+
+    folder = output or Path(f"{bundle.resolve().name.removesuffix('.bundle')}-{platform}")
+    facts = write_device_folder(bundle, platform, folder)
+    if as_json:
+        click.echo(json.dumps({"path": str(folder.absolute()), **facts}))
+        return
+    click.echo(
+        f"{folder}: for {facts['runner']} of ExecuTorch {facts['executorch']}, model.pte of {facts['model_bytes']:,} "
+        f"bytes, {facts['golden_cases']} recorded cases; its README.md says how to go on"
+    )
 
 
 def invoke(args: Sequence[str]) -> int:

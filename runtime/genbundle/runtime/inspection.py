@@ -54,6 +54,9 @@ def _overview(bundle: Bundle) -> Iterable[tuple[str, str]]:
         size += f", of it {largest} {megabytes(manifest.files[largest].size)}"
     yield "size", f"{size}; the model's weights, each once, are {megabytes(manifest.model.weight_bytes)}"
     others = {p.name: p.precision for p in manifest.programs if p.precision != manifest.precision}
+    planned = {(program.file, program.method): program.memory for program in manifest.programs if program.memory}
+    if planned:
+        yield "memory", f"{megabytes(sum(planned.values()))} planned beside the weights, the state among them"
     yield "precision", ", ".join([manifest.precision, *(f"{name} {other}" for name, other in others.items())])
     held = "as many tokens as fit" if flow.capacity is None else f"up to {flow.capacity} tokens, prompt and generated"
     batch = {None: "any batch", 1: "one sequence at a time"}.get(flow.batch, f"batches up to {flow.batch}")

@@ -88,8 +88,9 @@ def export_executorch(
         language_model = [*decoder_of(model).modules(), head_of(model), table]
         rows = len(table.weight)
         with rounded(language_model, precision, vocabulary=rows, activations=True) as found:
-            lower(methods, runner_constants(max_length, eos_token_ids), path)
-    exported = replace(exported, notes=_notes(model, precision))
+            planned = lower(methods, runner_constants(max_length, eos_token_ids), path)
+    programs = tuple(replace(item, memory=planned.get(item.method or "") or None) for item in exported.programs)
+    exported = replace(exported, programs=programs, notes=_notes(model, precision))
     if precision == "fp32":
         return exported
     return replace(
@@ -128,8 +129,8 @@ def runner_constants(max_length: int, eos_token_ids: Sequence[int]) -> dict[str,
     }
 
 
-def lower(methods: Mapping[str, Method], constants: Mapping[str, Any], path: Path) -> None:
-    """Export `methods`, lower them to XNNPACK and write one .pte to `path`.
+def lower(methods: Mapping[str, Method], constants: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Export `methods`, lower them to XNNPACK and write one .pte to `path`; the bytes of memory planned for each.
 
     Weights that several methods read in the same layout are stored once.
 
@@ -141,7 +142,7 @@ def lower(methods: Mapping[str, Method], constants: Mapping[str, Any], path: Pat
             from genbundle.builder.formats.executorch_lowering import lower_methods
         except ImportError as error:
             raise MissingExtraError("building an xnnpack bundle", "executorch", "builder") from error
-        lower_methods(methods, constants, path)
+        return lower_methods(methods, constants, path)
 
 
 def _text(model: PreTrainedModel, max_length: int) -> tuple[Exported, dict[str, Method]]:

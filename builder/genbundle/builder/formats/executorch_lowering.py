@@ -162,9 +162,9 @@ def _operator(node: torch.fx.Node) -> str:
     return format_target_name(cast(Any, node.target).__name__).partition(".")[0]
 
 
-def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> None:
+def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> dict[str, int]:
     """What `executorch.lower` does, with ExecuTorch imported."""
-    lower_programs({name: _export(name, method) for name, method in methods.items()}, constants, path)
+    return lower_programs({name: _export(name, method) for name, method in methods.items()}, constants, path)
 
 
 def lower_programs(
@@ -172,10 +172,11 @@ def lower_programs(
     constants: Mapping[str, Any],
     path: Path,
     partitioner: type[Partitioner] = Partitioner,
-) -> None:
+) -> dict[str, int]:
     """Lower exported programs, by the names of their methods, and write them to `path` as one .pte.
 
-    partitioner: says which parts XNNPACK gets.
+    Returns the bytes of memory that are planned for each method, its state among them. partitioner: says which parts
+    XNNPACK gets.
     """
     configs = [_OWN_CONFIGS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
     for program in programs.values():
@@ -213,7 +214,9 @@ def lower_programs(
     path.unlink(missing_ok=True)  # one that failed its check may still be mapped
     with path.open("wb") as file:
         program.write_to_file(file)
+    planned = {plan.name: sum(plan.non_const_buffer_sizes) for plan in program.executorch_program.execution_plan}
     _release(edge)
+    return planned
 
 
 def _is_rounded(program: torch.export.ExportedProgram) -> bool:
