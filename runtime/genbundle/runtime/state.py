@@ -44,6 +44,14 @@ class State:
             self._rooms[name] = room
         return self.tensors[name]
 
+    def cut(self, length: int, to_numpy: Callable[[Tensor], np.ndarray]) -> None:
+        """Keep the first `length` tokens; what lies beyond in buffers is written over."""
+        for name, axis in self._axes.items():
+            if name not in self._rooms:
+                array = to_numpy(self.tensors[name])
+                self.tensors[name] = np.ascontiguousarray(array[(slice(None),) * axis + (slice(length),)])
+        self.length = length
+
     def exact(self, name: str, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:
         """The tensor of an entry, as long as the sequences."""
         if name not in self._rooms:
