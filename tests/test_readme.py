@@ -13,7 +13,7 @@ import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^    (genbundle (?:run|inspect|verify|bench) .*?)(?:  +#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^    (genbundle (?:run|inspect|verify|bench|device) .*?)(?:  +#.*)?$", README, re.MULTILINE)
 # What an example can't have here: a GPU, and a model whose vocabulary holds a large model's tokens.
 STAND_INS = {'device="cuda"': 'device="cpu"', "[[1, 15043, 29892]]": "[[1, 150, 29]]"}
 BUNDLES = {

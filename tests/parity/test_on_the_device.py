@@ -32,6 +32,11 @@ def test_up_to_the_last_token_that_it_holds(loaded):
         model.generate(input_ids=models.text_ids(capacity).numpy(), max_new_tokens=1)
 
 
+def test_the_included_model_takes_little_more_than_its_weights(bundle):
+    made = bundle("demo", "xnnpack")
+    assert made.size <= 1.1 * made.manifest.model.weight_bytes
+
+
 def test_another_capacity_at_build(loaded, tmp_path):
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 

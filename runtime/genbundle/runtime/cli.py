@@ -339,7 +339,7 @@ def device(bundle: Path, platform: str, output: Path | None, as_json: bool) -> N
     """
     from genbundle.runtime.device import write_device_folder
 
-    folder = output or Path(f"{bundle.resolve().name.removesuffix('.bundle')}-{platform}")
+    folder = output or Path(f"{bundle.absolute().name.removesuffix('.bundle')}-{platform}")
     facts = write_device_folder(bundle, platform, folder)
     if as_json:
         click.echo(json.dumps({"path": str(folder.absolute()), **facts}))
