@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ def settings(**options):
 
 
 def open_runner(kind, bundle):
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  the operators that an app links
     from executorch.extension.llm import runner
 
     files = str(bundle.path / "model.pte"), str(bundle.path / "tokenizer.json")
@@ -40,6 +44,18 @@ def open_runner(kind, bundle):
 def pieces(model, ids):
     """The text of each token by itself, as the runners give it out."""
     return [model.text.decode([token], skip_special_tokens=False) for token in ids]
+
+
+def test_the_example_in_the_docs(bundle, tmp_path):
+    """In a process of its own, where nothing else has registered ExecuTorch's operators."""
+    docs = Path(__file__).parents[2] / "docs" / "devices.md"
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", docs.read_text("utf-8"), re.DOTALL) if "TextLLM" in code
+    )
+    (tmp_path / "my-model-xnnpack.bundle").symlink_to(bundle("chat", "xnnpack").path)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+    assert run.returncode == 0, run.stderr
+    assert "filler" in run.stdout
 
 
 @pytest.mark.parametrize("name", ["chat", "chat-gemma2"])
