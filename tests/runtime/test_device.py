@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tests.bundles.samples import CONTENT, manifest, program
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from genbundle.bundles import InputError
-from genbundle.bundles.golden import GOLDEN_NAME
+from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
 from genbundle.bundles.manifest import Generation, Images, Input, Model, Runner, Source
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime.cli import invoke
@@ -33,15 +35,18 @@ STEPS = (
 def bundle(tmp_path):
     """`bundle(**changes)`: an xnnpack bundle without a model, with another manifest."""
 
-    def make(**changes):
+    def make(golden=(), **changes):
         facts = {"backend": "xnnpack", "runners": READY, "images": None, "packages": {"executorch": "1.4.1"}}
         with new_bundle(tmp_path / "some.bundle", overwrite=True) as writer:
             for name, content in CONTENT.items():
                 (writer.path / name).write_bytes(content)
             tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<end>": 2}, merges=[]))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
             tokenizer.add_special_tokens(["<end>"])
             tokenizer.save(str(writer.path / "tokenizer.json"))
+            if golden:
+                write_golden(writer.path / GOLDEN_NAME, list(golden))
             return writer.commit(manifest(**{**facts, **changes}))
 
     return make
@@ -150,3 +155,58 @@ def test_the_report_for_scripts(bundle, tmp_path, capfd):
     assert invoke(["device", str(bundle().path), "--platform", "ios", "--output", str(tmp_path / "o"), "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["runner"] == "TextLLMRunner" and facts["path"] == str(tmp_path / "o")
+
+
+def case(name, ids, new, **inputs):
+    """A recorded generation of `new` after `ids`, whose logits say nothing."""
+    rows = np.array(ids).reshape(1, -1) if np.ndim(ids) == 1 else np.array(ids)
+    tokens = np.tile(np.array(new), (len(rows), 1))
+    return GoldenCase(
+        name=name,
+        inputs={"input_ids": rows, "attention_mask": np.ones_like(rows), **inputs},
+        sequences=np.concatenate([rows, tokens], axis=1),
+        top_ids=tokens[..., None],
+        top_logits=np.zeros((*tokens.shape, 1), np.float32),
+        options={"max_new_tokens": len(new), "do_sample": False},
+    )
+
+
+def test_records_that_the_runners_texts_can_say(bundle, tmp_path):
+    """Prompts whose tokens their text gives again, one sequence each; answers up to the end token."""
+    pixels = np.arange(192, dtype=np.float32).reshape(1, 3, 8, 8)
+    cases = [
+        case("text", [0, 1, 0], [1, 1, 2]),
+        case("a token without text", [0, 49], [1, 1]),
+        case("a batch", [[0, 1], [1, 1]], [1, 0]),
+        case("nothing but the end", [0], [2]),
+        case("padding", [0, 1], [0], attention_mask=np.array([[0, 1]])),
+        case("more inputs", [0, 1], [0], token_type_ids=np.array([[0, 0]])),
+        case("picture", [2, 2, 0, 2, 2, 1], [0], pixel_values=np.concatenate([pixels, pixels + 1])),
+        case("picture at the end", [0, 2, 2], [0], pixel_values=pixels),
+        case("picture without an answer", [2, 2, 0], [2], pixel_values=pixels),
+    ]
+    made = bundle(**with_picture(steps=STEPS), golden=cases)
+    write_device_folder(made, "android", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "golden.json").read_text())["cases"]
+    assert [(item["name"], item["expected_token_ids"], item["expected_text"]) for item in found] == [
+        ("text", [1, 1], "bb"),
+        ("picture", [0], "a"),
+    ]
+    assert found[0]["parts"] == [{"text": "aba"}]
+    files = [{"file": f"golden-{number}.f32", "shape": [3, 8, 8]} for number in range(2)]
+    assert found[1]["parts"] == [files[0], {"text": "a"}, files[1], {"text": "b"}]
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "out" / "golden-1.f32", "<f4"), pixels.ravel() + 1)
+    assert len(list((tmp_path / "out").glob("*.f32"))) == 2
+
+
+def test_a_lossy_bundles_own_answers_are_expected(bundle, tmp_path, monkeypatch):
+    class Model:
+        def generate(self, **_):
+            return SimpleNamespace(sequences=np.array([[0, 1, 0, 0, 2]]))
+
+    monkeypatch.setattr("genbundle.runtime.load.load_bundle", lambda _: Model())
+    made = bundle(programs=(program(precision="int8"),), golden=[case("text", [0, 1], [1, 1, 1])])
+    facts = write_device_folder(made, "ios", tmp_path / "out")
+    (found,) = json.loads((tmp_path / "out" / "golden.json").read_text())["cases"]
+    assert (found["expected_token_ids"], found["expected_text"]) == ([0, 0], "aa")
+    assert facts["golden_from"] == "this bundle"

@@ -121,6 +121,11 @@ class Phone:
             parts, rows = self._parts_of(case), self._rows_of(case)
             if parts is None or sum(part is None for part in parts) != len(rows):
                 continue
+            ids = case.inputs["input_ids"][0].tolist()
+            new = self._answer(case, len(ids))
+            text = self.processor.decode(new, skip_special_tokens=False)
+            if not new or "\ufffd" in text:
+                continue
             given: list[dict[str, Any]] = []
             media = iter(rows)
             for part in parts:
@@ -131,12 +136,8 @@ class Phone:
                 row.astype("<f4").tofile(folder / name)
                 given.append({"file": name, "shape": list(row.shape)})
                 arrays += 1
-            ids = case.inputs["input_ids"][0].tolist()
-            new = self._answer(case, len(ids))
-            text = self.processor.decode(new, skip_special_tokens=False)
-            if new and "\ufffd" not in text:
-                expected = {"expected_token_ids": new, "expected_text": text}
-                cases.append({"name": case.name, "parts": given, "token_ids": ids, **expected})
+            expected = {"expected_token_ids": new, "expected_text": text}
+            cases.append({"name": case.name, "parts": given, "token_ids": ids, **expected})
         _write_json(folder / "golden.json", {"cases": cases})
         return len(cases)
 
@@ -163,7 +164,8 @@ class Phone:
         """A recorded prompt as the runner takes it; None where its texts don't give its tokens again."""
         known = {"input_ids", "attention_mask", *([self.media.source.name] if self.media is not None else [])}
         ids = case.inputs.get("input_ids")
-        if ids is None or len(ids) != 1 or case.inputs.keys() - known or not case.inputs["attention_mask"].all():
+        mask = case.inputs.get("attention_mask", np.ones(1))
+        if ids is None or ids.ndim != 2 or len(ids) != 1 or case.inputs.keys() - known or not mask.all():
             return None
         images = self.bundle.manifest.images
         token = self.encoder.placeholder_id if self.encoder is not None else None
