@@ -10,6 +10,7 @@ import torch
 
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
 from genbundle.builder.passes.ceilings import divide_upwards
+from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 
@@ -140,3 +141,22 @@ def test_a_size_rounded_up_can_be_saved():
     loaded = torch.export.load(buffer).module()
     for size in (8, 9, 11):
         torch.testing.assert_close(loaded(torch.ones(2, size)), _Blocks()(torch.ones(2, size)))
+
+
+def test_weights_keep_a_row_for_each_output(tmp_path):
+    rng = np.random.default_rng(0)
+    x = ir.val("x", dtype=FLOAT, shape=["batch", "length", 32])
+    weight, other = (rng.standard_normal((32, 48), np.float32) for _ in range(2))
+    one, two = constant("one", weight), constant("two", other)
+    products = [ir.node("MatMul", [x, one]), ir.node("MatMul", [x, one]), ir.node("Add", [x, two])]
+    outputs = [output for node in products for output in shaped(node, ["batch", "length", 48])]
+    for name, output in zip("abc", outputs, strict=True):
+        output.name = name
+    model = model_of([x], outputs[:2], products[:2], [one, two])
+    assert keep_output_rows(model) and tuple(one.shape or ()) == (48, 32)
+    assert [node.op_type for node in model.graph] == ["FusedMatMul"] * 2
+    assert tuple(two.const_value.shape) == (32, 48), "not a product's"
+    array = rng.standard_normal((2, 3, 32), np.float32)
+    for found in run(model, tmp_path / "a.onnx", x=array):
+        np.testing.assert_allclose(found, array @ weight, rtol=1e-5, atol=1e-5)
+    assert not keep_output_rows(model)

@@ -11,6 +11,7 @@ from genbundle.builder.exporting import to_onnx
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.formats.onnx_precision import round_programs
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
+from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
 from genbundle.builder.passes.tied_weights import share_transposed_weights
@@ -32,6 +33,8 @@ def export_onnx(
     lowered = list(lower_each(components, lambda item: _lower(item, provider, precisions), progress, notes))
     rounded = round_programs(lowered, precisions, progress, notes)
     for component, model in lowered:
+        if provider == "cpu" and "language_model" in component.roles:
+            keep_output_rows(model)
         _name_axes(model, component)
         program = rounded.describe(_describe(model, component, states))
         _rename(model, component)

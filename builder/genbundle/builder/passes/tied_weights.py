@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
+from genbundle.builder.passes.output_rows import multiply_by_rows
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 
@@ -33,7 +34,7 @@ def share_transposed_weights(model: ir.Model) -> bool:
         if original is None or any(use.node.op_type == "MatMul" for use in original.uses()):
             continue
         for use in uses:
-            _multiply_by_original(graph, use.node, original)
+            multiply_by_rows(graph, use.node, original)
         del graph.initializers[value.name or ""]
         by_shape[(tensor.dtype, *tensor.shape)].remove(value)
         modified = True
@@ -44,14 +45,3 @@ def share_transposed_weights(model: ir.Model) -> bool:
 
 def _is_transpose(original: ir.Value, value: ir.Value) -> bool:
     return np.array_equal(original.const_value.numpy().T, value.const_value.numpy())  # pyright: ignore
-
-
-def _multiply_by_original(graph: ir.Graph, node: ir.Node, original: ir.Value) -> None:
-    fused = ir.node(
-        "FusedMatMul", [node.inputs[0], original], attributes={"transB": 1, "alpha": 1.0}, domain="com.microsoft"
-    )
-    old, new = node.outputs[0], fused.outputs[0]
-    new.shape, new.type, new.name = old.shape, old.type, old.name
-    graph.insert_before(node, fused)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)

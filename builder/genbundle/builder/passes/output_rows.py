@@ -1,0 +1,51 @@
+"""Pass: weights as torch keeps them, a row for each output."""
+
+import numpy as np
+import onnx_ir as ir
+
+from genbundle.builder.weights import SHARED_FROM_BYTES
+
+
+def keep_output_rows(model: ir.Model) -> bool:
+    """`MatMul(x, W)` with a weight `[inputs, outputs]` becomes com.microsoft FusedMatMul(x, W.T, transB=1).
+
+    A step reads every weight once. Of a matrix of few outputs each thread would read a part of every row, a kilobyte
+    or two at a time; the rows of the transpose are read from end to end. Prompts are faster for it too, since the
+    engine packs such weights anew in each call. Returns whether the model was modified.
+    """
+    graph, modified = model.graph, False
+    for value in list(graph.initializers.values()):
+        tensor, uses = value.const_value, list(value.uses())
+        if tensor is None or len(tensor.shape) != 2 or tensor.nbytes < SHARED_FROM_BYTES or not uses:
+            continue
+        if not all(use.node.op_type == "MatMul" and use.node.domain == "" and use.idx == 1 for use in uses):
+            continue
+        value.const_value = _transposed(tensor, value.name or "weight")
+        value.shape = value.const_value.shape
+        for use in uses:
+            multiply_by_rows(graph, use.node, value)
+        modified = True
+    if modified:
+        graph.opset_imports.setdefault("com.microsoft", 1)
+    return modified
+
+
+def multiply_by_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value) -> None:
+    """Put a product by the transpose of `rows` in the place of a MatMul."""
+    fused = ir.node(
+        "FusedMatMul", [node.inputs[0], rows], attributes={"transB": 1, "alpha": 1.0}, domain="com.microsoft"
+    )
+    old, new = node.outputs[0], fused.outputs[0]
+    new.shape, new.type, new.name = old.shape, old.type, old.name
+    graph.insert_before(node, fused)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """A tensor that is transposed when it is read, so that no second copy of the model is ever in memory."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tuple(tensor.shape)[::-1]), name=name)
