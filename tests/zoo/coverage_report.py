@@ -12,6 +12,7 @@ UPSTREAM = {
     "MoshiForCausalLM": "its cache drops what is beyond the window, its mask doesn't.",
     "MuseSparkForConditionalGeneration": "the exporters' preparer reads the patch grid transposed.",
     "NemotronHForCausalLM": "a step doesn't clamp the time step as the prompt's scan does.",
+    "VibeVoiceAsrForConditionalGeneration": "what it makes of a sound is drawn at random.",
     "Zamba2ForCausalLM": "a step doesn't clamp the time step as the prompt's scan does.",
 }
 _STATUSES = ("ok", "unsupported", "mismatch", "error", "timeout", "not eager")
