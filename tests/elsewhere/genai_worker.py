@@ -23,7 +23,9 @@ def finish(generator, count):
 
 
 def answer(model, call):
-    """Sequences, the tokens of a text, or a chat's prompt; `then` goes on with more tokens, `rewind` from a length."""
+    """Sequences (`then` goes on with more tokens, `rewind` from a length), a text's tokens, or a chat's."""
+    if "text" in call:
+        return og.Tokenizer(model).encode(call["text"]).tolist()
     if "chat" in call:
         tokenizer = og.Tokenizer(model)
         text = tokenizer.apply_chat_template(json.dumps(call["chat"]), add_generation_prompt=True)

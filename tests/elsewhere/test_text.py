@@ -4,6 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
+
+from genbundle.builder import build_bundle
+from genbundle.runtime import load_bundle
+from tests.zoo import models, tokenizers
 
 ROWS = [[5, 6, 7, 8, 9, 10], [31, 17, 140], [99, 100, 101, 102, 103]]
 NEW = 12
@@ -61,6 +66,21 @@ def test_transformers_js_in_node(bundle, loaded, node, expected):
     )
     assert batch == ours.tolist()
     assert chat == chat_prompt(loaded("chat+"))
+
+
+def test_special_tokens_that_genai_does_not_add(genai, tmp_path):
+    tokenizer = tokenizers.chat_tokenizer(models.VOCABULARY)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+    )
+    bundle = build_bundle(
+        models.make("llama"), processor=tokenizer, also="ort-genai", verify=False, output=tmp_path / "b", progress=False
+    )
+    (runner,) = bundle.manifest.runners
+    assert runner.prefix == "<bos>"
+    ours = load_bundle(bundle).text.encode("Hello you")
+    assert ours[0] == 1
+    assert genai(bundle.path, [{"text": f"{runner.prefix}Hello you"}, {"text": "Hello you"}]) == [ours, ours[1:]]
 
 
 def test_weights_are_stored_once(bundle):

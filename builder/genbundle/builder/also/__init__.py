@@ -10,8 +10,11 @@ from genbundle.builder.also.feeding import expect_options
 from genbundle.builder.components import Component
 from genbundle.builder.limits import Limits
 from genbundle.builder.passes.last_tokens import take_last_tokens
+from genbundle.builder.stock_runners import text_processor
 from genbundle.bundles import BuildError
 from genbundle.bundles.manifest import Flow, Generation, Manifest, Runner
+from genbundle.runtime.questions import added_prefix
+from genbundle.runtime.text import TextProcessor
 
 EMBEDDED = "transformers.js"
 """The runtime that wants models of pictures with a decoder which takes embeddings."""
@@ -80,5 +83,18 @@ def complete(
         differs[transformers_js.LABEL] += said
     if "ort-genai" in also:
         ort_genai.complete(manifest, folder)
-    runs = (Runner(name=name, differs=tuple(said)) for name, said in differs.items())
+    runs = [Runner(name=name, differs=tuple(said)) for name, said in differs.items()]
+    if manifest.text is not None:
+        runs = [_with_prefix(runner, text_processor(manifest, folder)) for runner in runs]
     return replace(manifest, runners=(*manifest.runners, *runs))
+
+
+def _with_prefix(runner: Runner, processor: TextProcessor) -> Runner:
+    """GenAI's tokenizer adds no special tokens by itself, and knows those that a text holds."""
+    if runner.name != ort_genai.LABEL:
+        return runner
+    prefix = added_prefix(processor)
+    if prefix is not None:
+        return replace(runner, prefix=prefix)
+    behind = f"{runner.name} adds no special tokens to a text, and the bundle's tokenizer adds some behind it"
+    return replace(runner, differs=(*runner.differs, behind))
