@@ -2,7 +2,8 @@
 
 FOLDER keeps the model, the bundles, the peers' files and their environment, and is used again. llama.cpp is compiled
 for it (ten minutes on two cores). As in budgets.py each is a process of its own and they take turns; figures are
-medians, ratios are of medians, and the spread is that of the ratios turn by turn (10th to 90th percentile).
+medians over the turns of all launches, ratios are of medians, and the spread is that of the ratios turn by turn (10th
+to 90th percentile).
 """
 
 import argparse
@@ -22,7 +23,8 @@ PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0", "ma
 CAPACITY = 4096
 CONTEXTS = (128, 900)
 LONG = 3900
-PROMPTS, TURNS, STEPS = 5, 10, 3
+PROMPTS, TURNS, STEPS = 3, 8, 3
+LAUNCHES = 2  # how fast a process reads its memory depends on where the system placed it
 # Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
 # its own, isn't counted either.
 PAUSE = 0.2
@@ -93,11 +95,14 @@ def prepare(root: Path, bundles: Iterable[str]) -> dict[str, tuple[str, str, tup
     return workers
 
 
-def measure(workers: dict[str, Worker], contexts: Iterable[int]) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds by worker and what was timed, all taking turns."""
-    times: dict[tuple[str, str], list[float]] = {}
+Times = dict[tuple[str, str], list[float]]
+"""Milliseconds by worker and what was timed."""
+
+
+def measure(workers: dict[str, Worker], contexts: Iterable[int], times: Times) -> None:
+    """Add to `times`, all taking turns."""
     for name, worker in workers.items():
-        times[name, "opening"] = [1e3 * worker.opening]
+        times.setdefault((name, "opening"), []).append(1e3 * worker.opening)
         worker.step(16)
     for context in contexts:
         for _ in range(PROMPTS if context < LONG else 1):
@@ -111,7 +116,6 @@ def measure(workers: dict[str, Worker], contexts: Iterable[int]) -> dict[tuple[s
                 time.sleep(PAUSE)
                 worker.step()
                 times.setdefault((name, f"step {context}"), []).extend(worker.step() for _ in range(STEPS))
-    return times
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Row:
         )
 
 
-def compare(times: dict[tuple[str, str], list[float]], budget: Budget, what: str) -> Row:
+def compare(times: Times, budget: Budget, what: str) -> Row:
     """The bundle against the fastest of the budget's peers."""
     own = times[budget.bundle, what]
     best = min(budget.peers, key=lambda peer: statistics.median(times[peer, what]))
@@ -151,12 +155,16 @@ def run(known: dict[str, tuple[str, str, tuple[str, ...]]], names: list[str], co
     """Time these side by side; prints every median and peak, and returns the budgets' rows."""
     for name in names:  # once before it counts: its files are in memory then
         Worker(*known[name]).end()
-    workers = {name: Worker(*known[name]) for name in names}
-    times = measure(workers, contexts)
-    for worker in workers.values():
-        worker.end()
+    times: Times = {}
+    peaks: dict[str, int] = {}
+    for launch in range(LAUNCHES):
+        workers = {name: Worker(*known[name]) for name in names}
+        measure(workers, [context for context in contexts if context < LONG or not launch], times)
+        for name, worker in workers.items():
+            worker.end()
+            peaks[name] = max(worker.peak, peaks.get(name, 0))
     print({f"{name}, {what}": round(statistics.median(found), 1) for (name, what), found in times.items()})
-    print("peak memory, MB:", {name: round(worker.peak / 1e6) for name, worker in workers.items()}, flush=True)
+    print("peak memory, MB:", {name: round(peak / 1e6) for name, peak in peaks.items()}, flush=True)
     if LONG in contexts and "cpu" in names:
         grown = {
             name: statistics.median(times[name, f"step {LONG}"]) / statistics.median(times[name, "step 128"])
