@@ -28,14 +28,14 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_model(folder: str, size: str) -> None:
+def make_model(folder: str, size: str, positions: str = "4096") -> None:
     """Save the reference model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = Qwen2Config(**SHAPES[size], max_position_embeddings=4096, tie_word_embeddings=True, **tokens)
+    config = Qwen2Config(**SHAPES[size], max_position_embeddings=int(positions), tie_word_embeddings=True, **tokens)
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 

@@ -98,3 +98,17 @@ def test_an_image_text_model_on_xnnpack(tmp_path):
     assert found.pop("image_encoder") == "fp32" and set(found.values()) == {"int4"}
     report = made.manifest.verification
     assert report is not None and report.quality is not None and report.quality.kl_divergence < 0.2
+
+
+def test_half_precision_for_cuda_on_the_cpu_provider(tmp_path):
+    """A text model and a model of pictures in float16: half the bytes, a cache in float16, and nothing of it lost."""
+    for name, asked in (("llama_tied", "fp16"), ("llava", {"language_model": "fp16", "encoder": "fp16"})):
+        made = built(name, "cuda", tmp_path / name, precision=asked, quality_floor=None)
+        report, facts = made.manifest.verification, made.manifest.model
+        assert facts.weight_bytes < 2.1 * facts.parameters
+        assert {state.dtype for state in made.manifest.state} == {"float16"}
+        assert report is not None and report.quality is not None and report.quality.agreement > 0.95
+        outputs = made.manifest.program("decode").outputs
+        assert [item.dtype for item in outputs if item.name == "logits"] == ["float32"]
+    with pytest.raises(BuildError, match=r"'fp16' isn't available on 'cpu': it can fp32, int8, int4"):
+        built("llama_tied", "cpu", tmp_path / "c", precision="fp16")

@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from genbundle.builder.components import Component
 from genbundle.builder.formats import Progress, knowing
+from genbundle.builder.passes.half_precision import halve
 from genbundle.builder.passes.weight_only import quantize_weights
-from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, kept_note, part_of
+from genbundle.builder.precision import BITS, HALF, LANGUAGE_MODEL, Precisions, kept_note, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES
 from genbundle.bundles.manifest import Program
 
@@ -34,7 +35,7 @@ class RoundedPrograms:
 def round_programs(
     lowered: list[tuple[Component, ir.Model]], precisions: Precisions, progress: Progress, notes: list[str]
 ) -> RoundedPrograms:
-    """Quantize the models in place, each weight by the part of the model that it belongs to.
+    """Quantize the models in place, each weight by the part of the model that it belongs to; a part at float16 whole.
 
     Of a program with encoder and language model in one, the weights that other programs of the language model read are
     the language model's, so that they are shared; the others stay.
@@ -44,6 +45,10 @@ def round_programs(
     used, rows, kept = {name: precisions.of_part(part) for name, part in parts.items()}, {}, {}
     mixed = {component.name for component, _ in lowered if {"encoder", "language_model"} <= set(component.roles)}
     known: set[bytes] = set()
+    for place, (component, model) in enumerate(lowered):
+        if used[component.name] == HALF:
+            progress(f"halve {component.name}")
+            lowered[place] = _halved(component, model)
     for component, model in sorted(lowered, key=lambda item: item[0].name in mixed):
         bits = BITS.get(used[component.name])
         if bits is None:
@@ -64,6 +69,16 @@ def round_programs(
         kept |= done.kept
     notes.extend(kept_note(kept))
     return RoundedPrograms(precisions=used, rows=rows)
+
+
+def _halved(component: Component, model: ir.Model) -> tuple[Component, ir.Model]:
+    """A component whose arithmetic and state are in float16; what it gets and gives besides is float32."""
+    past = {name for name, source in component.sources.items() if source.kind == "state"}
+    sample = {
+        name: tensor.half() if name in past and tensor.is_floating_point() else tensor
+        for name, tensor in component.sample.items()
+    }
+    return replace(component, sample=sample), halve(model, past | component.states.keys())
 
 
 def _among(known: set[bytes], value: ir.Value) -> bool:
