@@ -12,6 +12,7 @@ TORCH_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
+BENCH_FOLDER ?= build/bench
 COVERAGE_ARGS ?= --backends cpu torch xnnpack --report docs/coverage.md
 
 BIN := $(VENV)/bin
@@ -31,8 +32,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check $(ROOTS)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The budgets, then the same shape beside llama.cpp and ONNX Runtime GenAI (compiled and installed into an environment of
+# their own, ten minutes the first time), then memory.
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.budgets $(BENCH_ARGS)
+	$(BIN)/python -m tests.benchmarks.budgets --keep $(BENCH_FOLDER) $(BENCH_ARGS)
+	$(BIN)/python -m tests.benchmarks.peers $(BENCH_FOLDER) --long --plot $(BENCH_FOLDER)/benchmarks.svg
+	$(BIN)/python -m tests.benchmarks.memory $(BENCH_FOLDER)
 
 coverage: $(STAMP)
 	$(BIN)/python -m tests.zoo.coverage $(COVERAGE_ARGS)
