@@ -17,9 +17,10 @@ COMMAND_GROUP = "genbundle.commands"
 # The builder's commands are listed without loading the builder, which takes seconds, and where it isn't installed.
 _BUILDER = {
     "build": "Export a model into a bundle and verify it.",
+    "pack": "Make a bundle of what transformers exported.",
     "demo": "Build the embedded image-text model and ask it about a picture.",
 }
-_ORDER = ("build", "run", "inspect", "verify", "bench", "device", "demo")
+_ORDER = ("build", "pack", "run", "inspect", "verify", "bench", "device", "demo")
 
 
 class Commands(click.Group):
