@@ -21,10 +21,12 @@ def rounding(cls: type[hf.LlamaForCausalLM]) -> float:
     model = cls(models.make("llama").config).eval()
     model.load_state_dict(models.make("llama").state_dict())
     case = record(model, "one", {"input_ids": torch.tensor([[5, 6, 7]])})
-    found = with_rounding(model, [case])[0].rounding
+    found = with_rounding(model, model.num_parameters(), [case])[0].rounding
+    assert with_rounding("no such model", 2**40, [case])[0].rounding is None, "not loaded only to see that"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.get_default_dtype() == torch.float32
-    return found
+    assert found is not None and found.shape == (1, case.top_logits.shape[1])
+    return float(found.max())
 
 
 def test_the_rounding_of_a_model_is_measured():

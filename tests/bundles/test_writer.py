@@ -350,10 +350,12 @@ CASE = GoldenCase(
     options={"max_new_tokens": 1, "do_sample": False},
 )
 
+ROUNDING = np.array([[0.002]], np.float32)
+
 
 def test_golden_round_trip_and_same_bytes(tmp_path):
     for name in ("one", "two"):
-        write_golden(tmp_path / name, [CASE, replace(CASE, rounding=0.002).truncated(1)])
+        write_golden(tmp_path / name, [CASE, replace(CASE, rounding=ROUNDING).truncated(1)])
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     first, second = read_golden(tmp_path / "one")
     assert first.name == "one" and first.options == CASE.options
@@ -361,7 +363,8 @@ def test_golden_round_trip_and_same_bytes(tmp_path):
     for name, array in CASE.inputs.items():
         np.testing.assert_array_equal(first.inputs[name], array)
         assert first.inputs[name].dtype == array.dtype
-    assert (first.rounding, second.rounding) == (0, 0.002)
+    assert first.rounding is None
+    np.testing.assert_array_equal(second.rounding, ROUNDING)
     assert second.top_ids.tolist() == [[[1]]] and second.top_logits.tolist() == [[[5.0]]]
 
 
@@ -386,8 +389,9 @@ ONE = np.array([[[3, 1, 0]]])
     ("change", "words"),
     [
         ({"name": 5}, "names of a case"),
-        ({"rounding": 0.5}, "a rounding from 0 to 0.01"),
-        ({"rounding": float("nan")}, "a rounding from 0 to 0.01"),
+        ({"rounding": ROUNDING * 250}, "roundings from 0 to 0.01"),
+        ({"rounding": ROUNDING * np.float32("nan")}, "roundings from 0 to 0.01"),
+        ({"rounding": ROUNDING[0]}, "a rounding of every step"),
         ({"options": {}}, "max_new_tokens"),
         ({"options": ["max_new_tokens"]}, "max_new_tokens"),
         ({"options": {"max_new_tokens": 1}}, "do_sample false"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tests.bundles.samples import CONTENT, manifest, program
 
-from genbundle.bundles import BundleError
-from genbundle.bundles.manifest import CAPACITY, File, Input, Output, Program, Source, State
+from genbundle.bundles import BundleError, EngineError
+from genbundle.bundles.manifest import CAPACITY, File, Flow, Input, Output, Program, Route, Source, State
 from genbundle.bundles.parsing import parse_manifest
 from genbundle.runtime import state
 
@@ -65,6 +65,25 @@ def test_a_manifest_whose_buffer_is_no_state_of_the_program_is_refused(changes):
         parse_manifest(_with(program(**{"inputs": (PAST,)} | changes)))
 
 
-def _with(entry: Program) -> str:
+def test_a_state_grows_along_one_of_its_axes():
+    beyond = State(name="0.key", dtype="float32", shape=("batch", 4), axis=5)
+    with pytest.raises(BundleError, match=r"Expected one of the shape's axes, got 5 - at `\$.state\[0\].axis`"):
+        parse_manifest(_with(program(), state=(beyond,)))
+
+
+def test_pieces_need_a_step_that_continues():
+    flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), chunk=2)
+    with pytest.raises(BundleError, match=r"don't continue a prompt - at `\$.flow.chunk`"):
+        parse_manifest(_with(program(), flow=flow))
+
+
+def test_a_buffer_that_no_memory_is_there_for():
+    huge = State(name="0.key", dtype="float32", shape=("batch", 2**31, CAPACITY), axis=2)
+    with pytest.raises(EngineError, match="no memory for a state of"):
+        state.State((huge,), 1).buffer("0.key", 2**24, np.asarray)
+
+
+def _with(entry: Program, **changes) -> str:
     listed = {name: File(size=1, sha256="0" * 64) for name in CONTENT}
-    return manifest(programs=(entry,), files=listed).to_json()
+    changes = {"state": (ENTRY,)} | changes
+    return manifest(programs=(entry,), files=listed, **changes).to_json()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tests.bundles.samples import manifest
 
-from genbundle.bundles import BundleError
+from genbundle.bundles import BundleError, EngineError, InputError
 from genbundle.bundles.manifest import Flow, Input, Output, Program, Route, Source
+from genbundle.runtime.rewind import rewind
 from genbundle.runtime.wiring import Wiring
 
 IDS = np.arange(5)[None]
@@ -86,3 +87,36 @@ def test_a_long_prompt_without_padding_goes_in_pieces(inputs, pieces):
     made = manifest(flow=flow, programs=(program("step", ("batch", "sequence")),), state=())
     Wiring(made, backend).prompt(inputs)
     assert [feeds["input_ids"][0].tolist() for _, feeds in backend.calls] == pieces
+
+
+def chunked(**changes) -> tuple[Wiring, Backend]:
+    backend = Backend()
+    flow = Flow(prompt=(Route(programs=("step",)),), step=("step",), continues=True, chunk=2, **changes)
+    made = manifest(flow=flow, programs=(program("step", ("batch", "sequence")),), state=())
+    return Wiring(made, backend), backend
+
+
+@pytest.mark.parametrize(("restart", "lengths"), [(4, [5]), (5, [2, 2, 1])])
+def test_a_prompt_behind_the_restart_goes_through_whole(restart, lengths):
+    flow, backend = chunked(restart=restart)
+    flow.prompt(TEXT)
+    assert [feeds["input_ids"].shape[1] for _, feeds in backend.calls] == lengths
+
+
+def test_nothing_is_taken_back_from_behind_the_restart():
+    flow, _ = chunked(restart=4)
+    _, sequences = flow.prompt(TEXT)
+    with pytest.raises(InputError, match="from 4 tokens on"):
+        rewind(flow, sequences, 3)
+
+
+def test_a_step_that_fails_leaves_the_mask_as_it_was():
+    flow, backend = chunked()
+    _, sequences = flow.prompt(TEXT)
+    working, backend.program = backend.program, lambda name: (_ for _ in ()).throw(EngineError("no memory"))
+    with pytest.raises(EngineError):
+        flow.step(IDS[:, :1], sequences)
+    assert sequences.mask.shape == (1, 5) and sequences.state.length == 5
+    backend.program = working
+    flow.step(IDS[:, :1], sequences)
+    assert sequences.mask.shape == (1, 6)

@@ -98,10 +98,11 @@ def build_bundle(
     floor = precisions.floor(quality_floor)
     if output is not None:
         check_target(Path(output).absolute(), overwrite=overwrite)
-    given, measure = as_inputs(inputs), partial(with_rounding, model)
+    given = as_inputs(inputs)
     with show_progress(progress, stages=8) as announce:
         announce("load the model")
         loaded = load(model, processor)
+        measure = partial(with_rounding, model, sum(parameter.numel() for parameter in loaded.model.parameters()))
         target = Path(output) if output is not None else Path(f"{loaded.name.replace('/', '--')}-{backend}.bundle")
         with writing(target), new_bundle(target, overwrite=overwrite) as writer:
             with borrowed(loaded.model) as eager:

@@ -19,16 +19,18 @@ from genbundle.bundles.golden import MOST_ROUNDING, GoldenCase
 _MOST_PARAMETERS = 2**28  # a copy in float64 has twice the model's bytes
 
 
-def with_rounding(source: PreTrainedModel | str | Path, cases: Sequence[GoldenCase]) -> list[GoldenCase]:
+def with_rounding(
+    source: PreTrainedModel | str | Path, parameters: int, cases: Sequence[GoldenCase]
+) -> list[GoldenCase]:
     """`cases` with how far eager's logits are from those of the model in float64, of the largest one's size.
 
     Another program of the same model can't be expected to come nearer. Cases stay as they are where that can't be
-    measured, or is more than a record may say.
+    measured, or is more than a record may say. parameters: how many the model has.
     """
+    if parameters > _MOST_PARAMETERS:
+        return list(cases)
     model = load(source, None).model
     with borrowed(model) as eager:
-        if sum(parameter.numel() for parameter in eager.parameters()) > _MOST_PARAMETERS:
-            return list(cases)
         double: Any = copy.deepcopy(eager).double()
         double.config.dtype = torch.float64
         with _float64():
@@ -45,18 +47,19 @@ def _float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _rounding(double: PreTrainedModel, case: GoldenCase) -> float:
+def _rounding(double: PreTrainedModel, case: GoldenCase) -> np.ndarray | None:
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in case.inputs.items()}
     inputs = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     try:
         exact = record(double, case.name, inputs, case.options["max_new_tokens"])
     except UnsupportedModelError:  # operators that know no float64
-        return 0.0
+        return None
     steps = min(exact.top_logits.shape[1], case.top_logits.shape[1])
     found, wanted = case.top_logits[:, :steps], exact.top_logits[:, :steps]
     relative = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
     # Behind another token, another sequence is compared.
     alike = np.cumprod(found.argmax(-1) == wanted.argmax(-1), axis=1)
     before = np.concatenate([np.ones_like(alike[:, :1]), alike[:, :-1]], axis=1)
-    largest = float((relative * before).max())
-    return largest if largest <= MOST_ROUNDING else 0.0
+    found = np.zeros(case.top_logits.shape[:2], np.float32)
+    found[:, :steps] = relative * before
+    return found if found.max() <= MOST_ROUNDING else None

@@ -95,7 +95,8 @@ def verify_staged(
             (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
         manifest = simpler
         runtime = load_bundle(writer.stage(manifest), device=device)
-        checks = _checked(runtime, cases, floor)
+        checks, cases = _measured(runtime, cases, floor, measure)
+    checks += _in_pieces(runtime, cases, floor)
     # Where batches run row after row, single sequences say as much, and pictures in batches fill small bundles.
     single = [case for case in cases if len(case.sequences) == 1] if manifest.flow.batch == 1 else cases
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in single or cases])
@@ -103,7 +104,7 @@ def verify_staged(
     if manifest.backend == "cuda":
         pending = "not run on the CUDA provider yet: `genbundle verify` on a machine with a GPU completes it"
     notes = manifest.notes
-    rounding = max(case.rounding for case in cases)
+    rounding = max((float(case.rounding.max()) for case in cases if case.rounding is not None), default=0.0)
     if rounding:
         notes += (f"rounding alone moves this model's logits by up to {rounding:.1g} of the largest one's size",)
     longest = max(check.prompt_length + check.new_tokens for check in checks)
@@ -130,9 +131,27 @@ def _measured(
         return _checked(runtime, cases, floor), cases
     except VerificationError:
         measured = cases if floor is not None or measure is None else measure(cases)
-        if all(case.rounding == 0 for case in measured):
+        if all(case.rounding is None for case in measured):
             raise
         return _checked(runtime, measured, floor), measured
+
+
+def _in_pieces(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:
+    """The longest recorded prompt that would go in pieces if it were longer, in shorter pieces than the bundle's.
+
+    No recorded prompt may be as long as theirs.
+    """
+    bundle = runtime.bundle
+    chunk = bundle.manifest.flow.chunk
+    whole = [case for case in cases if set(case.inputs) <= {"input_ids", "attention_mask"} and len(case.sequences) == 1]
+    lengths = {case.name: case.inputs["input_ids"].shape[1] for case in whole}
+    longest = max(whole, key=lambda case: lengths[case.name], default=None)
+    if chunk is None or longest is None or not 2 < lengths[longest.name] <= chunk:
+        return ()
+    size = max(1, lengths[longest.name] // 3)
+    manifest = replace(bundle.manifest, flow=replace(bundle.manifest.flow, chunk=size))
+    pieces = Model(replace(bundle, manifest=manifest), runtime.backend)
+    return _checked(pieces, [replace(longest, name=f"{longest.name}, in pieces of {size}")], floor)
 
 
 def _checked(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:

@@ -27,8 +27,8 @@ class GoldenCase:
     inputs: the generation inputs (`input_ids` `[batch, length]`, ...). sequences: `[batch, length + new]`, as
     `model.generate` returned them. top_ids, top_logits: int64 and float32 `[batch, new, k]`, the largest logits of
     every step and their tokens. rest: float32 `[batch, new]`, what all other logits amount to, the logarithm of the sum
-    of their exponentials; None where there are no others. rounding: how far the model's logits in float32 are from
-    those in float64, of the largest one's size; 0 where that wasn't measured.
+    of their exponentials; None where there are no others. rounding: float32 `[batch, new]`, how far the model's logits
+    in float32 are from those in float64 at each step, of the largest one's size; None where that wasn't measured.
     """
 
     name: str
@@ -37,7 +37,7 @@ class GoldenCase:
     top_ids: np.ndarray
     top_logits: np.ndarray
     rest: np.ndarray | None = None
-    rounding: float = 0.0
+    rounding: np.ndarray | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def truncated(self, k: int) -> "GoldenCase":
@@ -66,7 +66,7 @@ def write_golden(path: Path, cases: list[GoldenCase]) -> None:
                 "top_ids": _pack(case.top_ids),
                 "top_logits": _pack(case.top_logits),
                 "rest": None if case.rest is None else _pack(case.rest),
-                "rounding": case.rounding,
+                "rounding": None if case.rounding is None else _pack(case.rounding),
                 "options": dict(sorted(case.options.items())),
             }
             for case in cases
@@ -90,7 +90,7 @@ def read_golden(path: Path) -> list[GoldenCase]:
                 top_ids=_unpack(case["top_ids"]),
                 top_logits=_unpack(case["top_logits"]),
                 rest=None if case["rest"] is None else _unpack(case["rest"]),
-                rounding=float(case.get("rounding", 0.0)),
+                rounding=None if case.get("rounding") is None else _unpack(case["rounding"]),
                 options=case["options"],
             )
             for case in content["cases"]
@@ -121,8 +121,11 @@ def _check(case: GoldenCase) -> None:
         raise ValueError(f"{case.name}: rest {rest.dtype} {rest.shape} doesn't fit top_ids {ids.shape}")
     if not np.isfinite(logits).all() or (rest is not None and not np.isfinite(rest).all()):
         raise ValueError(f"{case.name}: top_logits or rest that aren't numbers")
-    if not 0 <= case.rounding <= MOST_ROUNDING:
-        raise ValueError(f"{case.name}: expected a rounding from 0 to {MOST_ROUNDING}, got {case.rounding}")
+    rounding = case.rounding
+    if rounding is not None and (rounding.shape != ids.shape[:2] or rounding.dtype.kind != "f"):
+        raise ValueError(f"{case.name}: expected a rounding of every step, got {list(rounding.shape)}")
+    if rounding is not None and not ((rounding >= 0) & (rounding <= MOST_ROUNDING)).all():
+        raise ValueError(f"{case.name}: expected roundings from 0 to {MOST_ROUNDING}, got {rounding.max()}")
     options = case.options if isinstance(case.options, dict) else {}
     new_tokens = options.get("max_new_tokens")
     # Fewer steps than that are recorded where every sequence ended before.

@@ -74,6 +74,10 @@ def _check(manifest: Manifest) -> None:
         _check_shape(state.shape, f"$.state[{index}].shape")
         if state.dtype not in DTYPE_NAMES:
             raise BundleError(f"Expected a dtype name, got {state.dtype!r} - at `$.state[{index}].dtype`")
+        if state.axis is not None and not 0 <= state.axis < len(state.shape):
+            raise BundleError(f"Expected one of the shape's axes, got {state.axis} - at `$.state[{index}].axis`")
+    if manifest.flow.chunk is not None and not manifest.flow.continues:
+        raise BundleError("Expected null, since the step's programs don't continue a prompt - at `$.flow.chunk`")
     if manifest.images is not None and manifest.images.placeholder == "":
         raise BundleError("Expected a text that isn't empty - at `$.images.placeholder`")
     routes = [(f"$.flow.prompt[{i}].programs", route.programs) for i, route in enumerate(manifest.flow.prompt)]
@@ -122,7 +126,8 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
         if CAPACITY in item.shape:
             axis = None if entry is None else entry.axis
             written = any(output.state == item.source.name for output in program.outputs)
-            if axis is None or axis != item.shape.index(CAPACITY) or not written:
+            alike = entry is not None and entry.shape == item.shape
+            if axis is None or axis != item.shape.index(CAPACITY) or not (written and alike):
                 raise BundleError(
                     f"Expected a state that grows along that axis and an output for it - at `{path}.inputs[{index}]`"
                 )

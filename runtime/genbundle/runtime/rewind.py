@@ -10,14 +10,17 @@ _COUNTING = ("arange", "cumsum")
 def rewind(wiring: Wiring, sequences: Sequences, length: int) -> None:
     """Let `sequences` be as they were after their first `length` tokens; `wiring.step` goes on from there.
 
-    Nothing is computed: keys and values are cut, and programs that keep them inside write over them.
+    Nothing is computed: keys and values are cut, and programs that keep them inside write over them. Whoever goes on
+    by `wiring.step` past the manifest's `flow.restart` has to begin again with `wiring.prompt`, as `generate` does.
 
     Raises InputError for a length that they don't have, and for state or positions that can't be taken back: what sums
     up all tokens (state spaces, convolutions), and positions that don't count them (pictures' rows and columns).
     """
-    now = sequences.state.length
+    now, restart = sequences.state.length, wiring.manifest.flow.restart
     if not 0 < length <= now:
         raise InputError(f"rewind: expected a length from 1 to the {now} tokens that there are, got {length}")
+    if restart is not None and now > restart:
+        raise InputError(f"rewind: from {restart} tokens on this model's keys count by the whole length")
     summing = [entry.name for entry in wiring.manifest.state if entry.axis is None]
     if summing and length < now:
         raise InputError(f"rewind: the state {summing[0]!r} sums up all tokens, none of which can be taken back")

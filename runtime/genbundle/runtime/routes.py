@@ -61,7 +61,9 @@ class Routes:
         length = token_ids(inputs).shape[1]
         if route.one_by_one:
             return 1 if len(route.programs) == 1 else length
-        chunk = self.manifest.flow.chunk
+        chunk, restart = self.manifest.flow.chunk, self.manifest.flow.restart
+        if restart is not None and length > restart:
+            return length  # each token's position counts by how many there are
         plain = (
             route.programs == self.manifest.flow.step
             and inputs.keys() <= set(TEXT_INPUTS)

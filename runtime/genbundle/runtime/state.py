@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
+from genbundle.bundles import EngineError
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import State as StateEntry
 from genbundle.runtime.program import Tensor
@@ -64,7 +65,10 @@ def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:
     """A larger array that begins with the first `length` of `array` along `axis`."""
     shape = list(array.shape)
     shape[axis] = size
-    grown = np.zeros(shape, array.dtype)  # the system gives memory only for what is written
+    try:
+        grown = np.zeros(shape, array.dtype)  # the system gives memory only for what is written
+    except MemoryError as error:
+        raise EngineError(f"no memory for a state of {shape}") from error
     kept = (slice(None),) * axis + (slice(length),)
     grown[kept] = array[kept]
     return grown

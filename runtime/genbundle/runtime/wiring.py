@@ -93,15 +93,20 @@ class Wiring:
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
-        ones = np.ones(tokens.shape, sequences.mask.dtype)
-        sequences.mask = np.concatenate([sequences.mask, ones], axis=1)
+        before, ones = sequences.mask, np.ones(tokens.shape, sequences.mask.dtype)
         with self._one_at_a_time:
             if self._stateful and self._running is not sequences:
                 raise EngineError(
                     "another generation began on this model meanwhile, and its programs keep the state of one: finish "
                     "each before the next, or load the bundle once more for the other"
                 )
-            return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
+            sequences.mask = np.concatenate([before, ones], axis=1)
+            try:
+                return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
+            except BaseException:
+                # Else the mask would count tokens that the state doesn't hold, if the caller goes on.
+                sequences.mask = before
+                raise
 
     def entry(self, name: str) -> ProgramEntry:
         """The manifest's entry of a program."""

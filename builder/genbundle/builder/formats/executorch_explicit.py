@@ -112,7 +112,7 @@ def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any
 
 
 def _lower(
-    lowered: list[tuple[Component, Any]], lower: Callable[[dict[str, Any]], None], notes: list[str]
+    lowered: list[tuple[Component, Any]], lower: Callable[[dict[str, Any]], Any], notes: list[str]
 ) -> list[tuple[Component, Any]]:
     """Write the methods; the ones that are in the file, which is all but optional ones that can't be lowered."""
     try:

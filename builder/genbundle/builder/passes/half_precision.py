@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,7 +20,7 @@ def halve(model: ir.Model, states: Collection[str]) -> ir.Model:
     from onnxruntime.transformers import float16
 
     values = (*model.graph.inputs, *model.graph.outputs)
-    kept = [value.name for value in values if value.dtype in FLOATS and value.name not in states]
+    kept: Any = [value.name for value in values if value.dtype in FLOATS and value.name not in states]
     logger = logging.getLogger(float16.__name__)
     before, meta = logger.level, dict(model.meta)
     logger.setLevel(logging.ERROR)  # a warning for each constant that is cut off

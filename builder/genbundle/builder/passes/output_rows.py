@@ -21,7 +21,7 @@ def keep_output_rows(model: ir.Model) -> bool:
         if not all(use.node.op_type == "MatMul" and use.node.domain == "" and use.idx == 1 for use in uses):
             continue
         value.const_value = _transposed(tensor, value.name or "weight")
-        value.shape = value.const_value.shape
+        value.shape = ir.Shape(_sides(tensor))
         for use in uses:
             multiply_by_rows(graph, use.node, value)
         modified = True
@@ -42,10 +42,15 @@ def multiply_by_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
+def _sides(tensor: ir.TensorProtocol) -> list[int]:
+    """The shape of the transpose."""
+    return [int(size) for size in tuple(tensor.shape)[::-1]]  # pyright: ignore[reportArgumentType]
+
+
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """A tensor that is transposed when it is read, so that no second copy of the model is ever in memory."""
 
     def compute() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
 
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tuple(tensor.shape)[::-1]), name=name)
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(_sides(tensor)), name=name)
