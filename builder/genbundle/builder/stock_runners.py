@@ -196,9 +196,10 @@ def _try_tokenizer(
 
 
 def _run_trial(request: dict[str, Any]) -> dict[str, Any]:
+    # -P: without it, Python's own modules come from the working directory first, which may be a stranger's model.
     try:
         run = subprocess.run(
-            [sys.executable, "-c", _TRIAL], input=json.dumps(request), capture_output=True, encoding="utf-8",
+            [sys.executable, "-P", "-c", _TRIAL], input=json.dumps(request), capture_output=True, encoding="utf-8",
             errors="replace", timeout=_LONGEST_TRIAL_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

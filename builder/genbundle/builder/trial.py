@@ -11,6 +11,7 @@ from pathlib import Path
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.golden import GoldenCase, write_golden
 
+_LONGEST_S = 3600
 # What goes wrong otherwise goes wrong again in the build's own process, which says what.
 _REPLAY = """
 import sys
@@ -26,8 +27,10 @@ for case in read_golden(__import__("pathlib").Path(sys.argv[2])):
 """
 
 
-def expect_survival(bundle: Path, cases: Sequence[GoldenCase], code: str = _REPLAY) -> None:
-    """UnsupportedModelError where running the bundle on the cases ends the process that runs it.
+def expect_survival(
+    bundle: Path, cases: Sequence[GoldenCase], code: str = _REPLAY, longest_s: float = _LONGEST_S
+) -> None:
+    """UnsupportedModelError where running the bundle on the cases ends the process that runs it, or doesn't end.
 
     ExecuTorch divides by sizes without a look at them, for instance (LongT5's blocks, ExecuTorch 1.4.1).
     """
@@ -35,12 +38,26 @@ def expect_survival(bundle: Path, cases: Sequence[GoldenCase], code: str = _REPL
         records = Path(folder) / "cases"
         write_golden(records, list(cases))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(bundle), str(records)], env=environment, capture_output=True, check=False
-        )
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        # -P: without it, Python's own modules come from the working directory first, which may be a stranger's model.
+        command = [sys.executable, "-P", "-c", code, str(bundle), str(records)]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=longest_s)
+        except subprocess.TimeoutExpired:
+            raise UnsupportedModelError(
+                f"the engine runs this model's programs for more than {longest_s:g} seconds: build for another "
+                "backend, for instance cpu"
+            ) from None
+    # Python itself ends with 0 or 1. An engine's end is a signal, or on Windows any other code.
+    if done.returncode not in (0, 1):
         raise UnsupportedModelError(
-            f"the engine ends its process ({name}) when it runs this model's programs: build for another backend, for "
-            "instance cpu"
+            f"the engine ends its process ({_end(done.returncode)}) when it runs this model's programs: build for "
+            "another backend, for instance cpu"
         )
+
+
+def _end(code: int) -> str:
+    """How a process with that exit code ended."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"exit code {code}"
