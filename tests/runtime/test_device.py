@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from genbundle.bundles import InputError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
-from genbundle.bundles.manifest import Generation, Images, Input, Model, Runner, Source
+from genbundle.bundles.manifest import Flow, Generation, Images, Input, Model, Route, Runner, Source
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime.cli import invoke
 from genbundle.runtime.device import write_device_folder
@@ -40,7 +40,7 @@ def bundle(tmp_path):
         with new_bundle(tmp_path / "some.bundle", overwrite=True) as writer:
             for name, content in CONTENT.items():
                 (writer.path / name).write_bytes(content)
-            tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<end>": 2}, merges=[]))
+            tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<end>": 2, "Ġ": 3}, merges=[]))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
             tokenizer.add_special_tokens(["<end>"])
@@ -58,6 +58,11 @@ def with_picture(**options):
         input="pixel_values", token_id=2, placeholder="<end>", expansion="<end><end>", tokens_per_image=2, **options
     )
     return {"programs": (program(inputs=(PICTURE,), modality="image"),), "images": images}
+
+
+def taking(*shape):
+    """A manifest's programs of a model that takes arrays of that shape."""
+    return {"programs": (program(inputs=(replace(PICTURE, shape=shape),), modality="image"),)}
 
 
 def test_a_folder_has_everything(bundle, tmp_path):
@@ -81,10 +86,37 @@ def test_pictures_are_prepared_where_all_steps_are_known(bundle, tmp_path):
     assert '[.media(pixels), .text("\\(question)")]' in code
     unknown = {"op": "pad_square", "background": [0, 0, 0]}, *STEPS
     strange = ({"op": "resize", "height": "1); evil()", "width": 8},)
-    for number, steps in enumerate((unknown, strange)):
+    nested = ({"op": ["resize"], "height": 8, "width": 8},)
+    lonely = ({"op": "normalize", "mean": 0.5, "std": [1.0, 1.0, 1.0]},)
+    endless = ({"op": "rescale", "factor": float("inf")},)
+    for number, steps in enumerate((unknown, strange, nested, lonely, endless)):
         write_device_folder(bundle(**with_picture(steps=steps)), "ios", tmp_path / f"other{number}")
         code = (tmp_path / f"other{number}" / "GenbundleModel.swift").read_text()
         assert "func pixels(of" not in code and "evil" not in code and "pixels: Data" in code
+
+
+@pytest.mark.parametrize("platform", ["android", "ios"])
+def test_records_that_ended_must_end_on_the_phone(platform, bundle, tmp_path):
+    write_device_folder(bundle(), platform, tmp_path / "out")
+    code = next((tmp_path / "out").glob("GenbundleModel.*")).read_text()
+    asked, compared = {
+        "android": ("+ (if (ended) 1 else 0))", "if (ended) said.trim() == expected.trim() else"),
+        "ios": ("+ (ended ? 1 : 0)", "if ended ? said == expected : said.hasPrefix(expected) {"),
+    }[platform]
+    assert asked in code and compared in code
+
+
+def test_a_template_that_says_nothing(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("genbundle.runtime.phone_code.question_parts", lambda *_: ())
+    write_device_folder(bundle(), "android", tmp_path / "out")
+    assert "fun ask(" not in (tmp_path / "out" / "GenbundleModel.kt").read_text()
+
+
+def test_half_characters_are_replaced(bundle, tmp_path):
+    described = bundle().path / "manifest.json"
+    described.write_text(described.read_text().replace('"1.4.1"', '"1\\ud800"'))
+    write_device_folder(described.parent, "ios", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "device.json").read_text())["executorch"] == "1?"
 
 
 def test_nothing_of_a_bundle_becomes_code(bundle, tmp_path):
@@ -92,7 +124,8 @@ def test_nothing_of_a_bundle_becomes_code(bundle, tmp_path):
     made = bundle(
         model=replace(Model(architecture="A", name="n", parameters=1, weight_bytes=1), name=name, architecture=name),
         packages={"executorch": name},
-        runners=(Runner(name="TextLLMRunner", prefix='<s>"\\ $x ${evil()} \\(evil())\u202e\n', differs=(name,)),),
+        precision=name,
+        runners=(Runner(name=name, prefix='<s>"\\ $x ${evil()} \\(evil())\u202e\n', differs=(name,)),),
         generation=Generation(eos_token_ids=(2,), options={"max_new_tokens": "1, evil()"}),
     )
     for platform, escaped in (
@@ -105,6 +138,8 @@ def test_nothing_of_a_bundle_becomes_code(bundle, tmp_path):
         assert escaped in code
         lines = [line for line in code.replace(escaped, "").splitlines() if "evil" in line]
         assert lines and all(line.startswith("//") for line in lines)
+        lines = [line for line in (folder / "README.md").read_text().splitlines() if "evil" in line]
+        assert len(lines) >= 5 and not any(line.startswith("import") or set(line) & set("$*\\") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +148,11 @@ def test_nothing_of_a_bundle_becomes_code(bundle, tmp_path):
         ({"backend": "cpu"}, "is a 'cpu' bundle: phones take a .pte, build one with --backend xnnpack"),
         ({"runners": (Runner(name="MultimodalRunner", obstacle="because"),)}, r"runs it \(MultimodalRunner: because\)"),
         ({"runners": ()}, r"no runner of ExecuTorch runs it \(its manifest names none\)"),
+        ({"text": None}, "runners read text, and it holds no tokenizer"),
+        ({"flow": Flow(prompt=(Route(programs=("decode",)),), step=("decode",))}, r"tokens it holds \(flow.capacity\)"),
+        (taking(1, 3), r"'pixel_values' is of shape \[1, 3\]"),
+        (taking(1, 2, 3, 8, 8), r"'pixel_values' is of shape \[1, 2, 3, 8, 8\]"),
+        (taking(1, 3, "height", 8), r"'pixel_values' is of shape \[1, 3, 'height', 8\]"),
     ],
 )
 def test_bundles_that_no_phone_runs(changes, cause, bundle, tmp_path):
@@ -179,6 +219,11 @@ def test_records_that_the_runners_texts_can_say(bundle, tmp_path):
         case("a token without text", [0, 49], [1, 1]),
         case("a batch", [[0, 1], [1, 1]], [1, 0]),
         case("nothing but the end", [0], [2]),
+        case("nothing to be seen", [0], [3, 3]),
+        case("no number", [0], [1], input_ids=np.array([[np.nan]])),
+        case("picture without axes", [2, 2, 1], [0], pixel_values=np.float32(1)),
+        case("picture of another size", [2, 2, 1], [0], pixel_values=pixels[:, :, 1:]),
+        replace(case("names twice", [0, 1], [1]), options={"max_new_tokens": 1, "do_sample": False, "input_ids": 1}),
         case("padding", [0, 1], [0], attention_mask=np.array([[0, 1]])),
         case("more inputs", [0, 1], [0], token_type_ids=np.array([[0, 0]])),
         case("picture", [2, 2, 0, 2, 2, 1], [0], pixel_values=np.concatenate([pixels, pixels + 1])),
@@ -188,9 +233,9 @@ def test_records_that_the_runners_texts_can_say(bundle, tmp_path):
     made = bundle(**with_picture(steps=STEPS), golden=cases)
     write_device_folder(made, "android", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "golden.json").read_text())["cases"]
-    assert [(item["name"], item["expected_token_ids"], item["expected_text"]) for item in found] == [
-        ("text", [1, 1], "bb"),
-        ("picture", [0], "a"),
+    assert [(item["name"], item["expected_token_ids"], item["expected_text"], item["ended"]) for item in found] == [
+        ("text", [1, 1], "bb", True),
+        ("picture", [0], "a", False),
     ]
     assert found[0]["parts"] == [{"text": "aba"}]
     files = [{"file": f"golden-{number}.f32", "shape": [3, 8, 8]} for number in range(2)]

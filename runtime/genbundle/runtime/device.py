@@ -35,6 +35,7 @@ def write_device_folder(bundle: Bundle | str | Path, platform: str, output: str 
     if output.exists() or output.is_symlink():
         raise InputError(f"{output} exists: give another output, or remove it first")
     phone = Phone(bundle=opened, platform=platform, runner=runner)
+    _expect_fitting(opened, phone.media)
     staged = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         staged.mkdir(parents=True)
@@ -57,6 +58,20 @@ def _runner(bundle: Bundle) -> Runner:
             return runner
     causes = "; ".join(f"{runner.name}: {runner.obstacle}" for runner in manifest.runners)
     raise InputError(f"{bundle.path}: no runner of ExecuTorch runs it ({causes or 'its manifest names none'})")
+
+
+def _expect_fitting(bundle: Bundle, media: Input | None) -> None:
+    """InputError for a manifest that names a runner and lacks what that takes, as no build writes it."""
+    if bundle.manifest.text is None:
+        raise InputError(f"{bundle.path}: ExecuTorch's runners read text, and it holds no tokenizer")
+    if bundle.manifest.flow.capacity is None:
+        raise InputError(f"{bundle.path}: its manifest doesn't say how many tokens it holds (flow.capacity)")
+    sizes = () if media is None else media.shape[1:]
+    if media is not None and (len(sizes) not in (2, 3) or not all(isinstance(size, int) for size in sizes)):
+        raise InputError(
+            f"{bundle.path}: ExecuTorch's runner gives a picture [channels, height, width] or a sound [bins, frames], "
+            f"and {media.name!r} is of shape {list(media.shape)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +134,13 @@ class Phone:
         cases, arrays = [], 0
         for case in recorded:
             parts, rows = self._parts_of(case), self._rows_of(case)
-            if parts is None or sum(part is None for part in parts) != len(rows):
+            if parts is None or rows is None or sum(part is None for part in parts) != len(rows):
                 continue
             ids = case.inputs["input_ids"][0].tolist()
-            new = self._answer(case, len(ids))
+            new, ended = self._answer(case, len(ids))
             text = self.processor.decode(new, skip_special_tokens=False)
-            if not new or "\ufffd" in text:
+            # Of a text that can't be seen nothing is left to compare with.
+            if "\ufffd" in text or not any(letter.isprintable() and not letter.isspace() for letter in text):
                 continue
             given: list[dict[str, Any]] = []
             media = iter(rows)
@@ -136,18 +152,22 @@ class Phone:
                 row.astype("<f4").tofile(folder / name)
                 given.append({"file": name, "shape": list(row.shape)})
                 arrays += 1
-            expected = {"expected_token_ids": new, "expected_text": text}
+            expected = {"expected_token_ids": new, "expected_text": text, "ended": ended}
             cases.append({"name": case.name, "parts": given, "token_ids": ids, **expected})
         _write_json(folder / "golden.json", {"cases": cases})
         return len(cases)
 
-    def _answer(self, case: GoldenCase, prompt: int) -> list[int]:
-        """The new tokens of a case up to the end token: eager's, or this bundle's where it may differ from it."""
+    def _answer(self, case: GoldenCase, prompt: int) -> tuple[list[int], bool]:
+        """The new tokens of a case up to the end token: eager's, or this bundle's where it may differ from it.
+
+        And whether there was an end token.
+        """
         sequences, ends = case.sequences, self.bundle.manifest.generation.eos_token_ids
         if self.lossy:
             sequences = self._model.generate(**case.inputs, **case.options).sequences
         new = sequences[0, prompt:].tolist()
-        return new[: next((index for index, token in enumerate(new) if token in ends), len(new))]
+        count = next((index for index, token in enumerate(new) if token in ends), len(new))
+        return new[:count], count < len(new)
 
     @property
     def lossy(self) -> bool:
@@ -165,12 +185,16 @@ class Phone:
         known = {"input_ids", "attention_mask", *([self.media.source.name] if self.media is not None else [])}
         ids = case.inputs.get("input_ids")
         mask = case.inputs.get("attention_mask", np.ones(1))
-        if ids is None or ids.ndim != 2 or len(ids) != 1 or case.inputs.keys() - known or not mask.all():
+        if ids is None or ids.ndim != 2 or len(ids) != 1 or ids.dtype.kind not in "iu" or not mask.all():
+            return None
+        media = self._rows_of(case)
+        names = all(isinstance(name, str) for name in case.options)
+        if media is None or case.inputs.keys() - known or case.inputs.keys() & case.options.keys() or not names:
             return None
         images = self.bundle.manifest.images
         token = self.encoder.placeholder_id if self.encoder is not None else None
         token = images.token_id if token is None and images is not None and self.encoder is not None else token
-        rows, parts = len(self._rows_of(case)), []
+        rows, parts = len(media), []
         for part in split_ids(ids[0], token, ids[0].tolist().count(token) // rows if rows else None):
             text = None if part is None else self.processor.decode(part, skip_special_tokens=False)
             if text is not None and self.processor.encode(text, add_special_tokens=False) != part:
@@ -178,11 +202,15 @@ class Phone:
             parts.append(text)
         return tuple(parts) if parts and parts[-1] is not None else None
 
-    def _rows_of(self, case: GoldenCase) -> np.ndarray:
-        """The case's pictures or sounds, one by one."""
+    def _rows_of(self, case: GoldenCase) -> np.ndarray | None:
+        """The case's pictures or sounds, one by one; None for arrays of another shape than the program's."""
         found = case.inputs.get(self.media.source.name or "") if self.media is not None else None
-        return np.zeros(0) if found is None else found
+        if self.media is None or found is None:
+            return np.zeros(0)
+        return found if found.ndim == len(self.media.shape) and found.shape[1:] == self.media.shape[1:] else None
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(
+        json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace", newline="\n"
+    )

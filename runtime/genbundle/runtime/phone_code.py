@@ -36,7 +36,7 @@ def code_files(
         **facts,
         **_media_values(media, android=facts["platform"] == "android"),
         **_drawing(manifest.images if parts is not None else None),
-        "executorch": _plain(str(facts["executorch"])),
+        **{name: _plain(str(facts[name])) for name in ("executorch", "runner", "precision")},
         "name": _plain(manifest.model.name),
         "bundle": _plain(bundle.path.name),
         "architecture": _plain(manifest.model.architecture),
@@ -44,7 +44,7 @@ def code_files(
         "parts": parts,
         "each": manifest.images.tokens_per_image if manifest.images is not None else None,
         "ends": [processor.decode([end], skip_special_tokens=False) for end in manifest.generation.eos_token_ids],
-        "new_tokens": wanted if isinstance(wanted, int) else _NEW_TOKENS,
+        "new_tokens": wanted if type(wanted) is int else _NEW_TOKENS,
         "model_size": megabytes(facts["model_bytes"]),
         "tokenizer_size": megabytes(facts["tokenizer_bytes"]),
         "planned": megabytes(facts["planned_bytes"] or 0),
@@ -61,7 +61,7 @@ def _asked(images: Images | None, media: Input | None, processor: TextProcessor,
         return None
     parts = question_parts(processor, images, _QUESTION, runner.prefix)
     pictures = sum(part is None for part in parts)
-    return parts if pictures == (media is not None) and parts[-1] is not None else None
+    return parts if parts and pictures == (media is not None) and parts[-1] is not None else None
 
 
 def _media_values(media: Input | None, *, android: bool) -> dict[str, Any]:
@@ -97,14 +97,22 @@ def _drawing(images: Images | None) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     for step in images.steps if images is not None else ():
         numbers = {key: value for key, value in step.items() if key not in ("op", "resample")}
-        given = (step.get("op"), frozenset(numbers))
-        flat = [part for value in numbers.values() for part in (value if isinstance(value, list) else [value])]
-        if given not in _DRAWN or not all(type(number) in (int, float) for number in flat):
+        given = (str(step.get("op")), frozenset(numbers))
+        if given not in _DRAWN or not all(
+            _counts(value, 3 if key in ("mean", "std") else None) for key, value in numbers.items()
+        ):
             return {"steps": []}
         steps.append(step)
         settings |= {key: value for key, value in step.items() if key in settings}
     settings["filter"] = _plain(str(settings.pop("resample")))
     return {"steps": steps, **settings}
+
+
+def _counts(value: Any, length: int | None) -> bool:
+    """Whether a value of a step is a number, or a list of `length`, that both languages write as Python does."""
+    if length is not None:
+        return isinstance(value, list) and len(value) == length and all(_counts(item, None) for item in value)
+    return type(value) in (int, float) and abs(value) < 2**31
 
 
 _DRAWN = {
