@@ -122,12 +122,15 @@ def test_a_phones_folder_proves_itself(name, bundle, tmp_path):
     """What the written Kotlin and Swift do with golden.json, in the runner that they call."""
     from executorch.extension.llm import runner as library
 
-    facts = write_device_folder(bundle(name, "xnnpack"), "android", tmp_path / "phone")
+    opened = bundle(name, "xnnpack")
+    facts = write_device_folder(opened, "android", tmp_path / "phone")
     cases = json.loads((tmp_path / "phone" / "golden.json").read_text())["cases"]
     assert len(cases) == facts["golden_cases"] >= 1 and facts["planned_bytes"] > 0
     files = str(tmp_path / "phone" / "model.pte"), str(tmp_path / "phone" / "tokenizer.json")
     runner = library.TextLLMRunner(*files) if name == "chat" else library.MultimodalRunner(*files, None)
     media = library.make_image_input if name == "demo" else library.make_audio_input
+    processor = TextProcessor(opened)
+    ends = [processor.decode([end], skip_special_tokens=False) for end in opened.manifest.generation.eos_token_ids]
     for case in cases:
         given, said = [], []
         for part in case["parts"]:
@@ -139,8 +142,9 @@ def test_a_phones_folder_proves_itself(name, bundle, tmp_path):
             given.append(media(tensor if name == "demo" else tensor[None]))
         runner.reset()
         inputs = "".join(part["text"] for part in case["parts"]) if name == "chat" else given
-        runner.generate(inputs, settings(max_new_tokens=len(case["expected_token_ids"])), said.append, None)
-        assert "".join(said) == case["expected_text"]
+        count = len(case["expected_token_ids"]) + case["ended"]
+        runner.generate(inputs, settings(max_new_tokens=count), said.append, None)
+        assert "".join(text for text in said if text not in ends) == case["expected_text"]
 
 
 @pytest.mark.parametrize(
