@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from tests.zoo import models
 
 from genbundle.builder import build_bundle
@@ -12,39 +11,23 @@ from genbundle.bundles import BuildError
 from genbundle.runtime import load_bundle
 
 
-def phi3(threshold: int) -> hf.PreTrainedModel:
-    """A tiny Phi-3 that computes its positions otherwise beyond `threshold` tokens, as the 128k checkpoints do."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    config = hf.Phi3Config(
-        **models._SIZES,
-        original_max_position_embeddings=threshold,
-        rope_parameters={**rope, "original_max_position_embeddings": threshold},
-    )
-    torch.manual_seed(0)
-    model = hf.Phi3ForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "embed" not in name:
-            parameter.data.mul_(8)
-    return model
-
-
 def test_a_restart_is_found_in_the_models_own_loop():
-    assert limits_of(phi3(60), "cpu", None).restart == 60
-    assert limits_of(phi3(60), "cpu", 40).restart is None  # never reached
+    assert limits_of(models.phi3(60), "cpu", None).restart == 60
+    assert limits_of(models.phi3(60), "cpu", 40).restart is None  # never reached
     assert limits_of(models.make("llama"), "cpu", None).restart is None
-    assert limits_of(phi3(2000), "cpu", None).restart is None
+    assert limits_of(models.phi3(2000), "cpu", None).restart is None
 
 
 def test_what_the_checks_do_not_reach_is_said():
-    assert limits_of(phi3(60), "cpu", None).not_reached(80) == []
-    (missed,) = limits_of(phi3(60), "cpu", None).not_reached(50)
+    assert limits_of(models.phi3(60), "cpu", None).not_reached(80) == []
+    (missed,) = limits_of(models.phi3(60), "cpu", None).not_reached(50)
     assert "the length of 60" in missed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "xnnpack"])
 def test_a_generation_goes_on_past_the_length_of_a_restart(backend, tmp_path):
-    model = phi3(60)
+    model = models.phi3(60)
     bundle = build_bundle(model, None, backend, output=tmp_path / "b", progress=False, max_length=200)
     assert "past the length of a restart" in {check.name for check in bundle.manifest.verification.checks}
     runtime = load_bundle(bundle)

@@ -15,7 +15,11 @@ from tests.zoo import models
         ({"also": "onnx"}, "also: unknown runtime 'onnx'"),
         (
             {"also": ["ort-genai"], "backend": "torch"},
-            "also: ONNX Runtime GenAI runs ONNX programs and the backend 'torch' makes none: build with",
+            "also: ONNX Runtime GenAI opens bundles for the backend 'cpu' only, not those for 'torch'",
+        ),
+        (
+            {"also": ["transformers.js"], "backend": "cuda", "precision": "fp16"},
+            "also: transformers.js opens bundles for the backend 'cpu' only, not those for 'cuda'",
         ),
     ],
 )
@@ -72,6 +76,13 @@ def test_state_that_it_does_not_carry(name, also, message, tmp_path):
             model, shrink.variants(name, model)["build"], also=[also], output=tmp_path / "b",
             progress=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("also", "label"), [("ort-genai", "ONNX Runtime GenAI"), ("transformers.js",) * 2])
+def test_a_loop_that_begins_again(also, label, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=f"{label} doesn't run the sequence again at 60 tokens"):
+        build_bundle(models.phi3(60), also=[also], output=tmp_path / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_the_generation_config(tmp_path):

@@ -176,3 +176,19 @@ def samples(name: str) -> list[dict[str, torch.Tensor]] | None:
     if name in TEXT:
         return None
     return [image_inputs(name), image_inputs(name, 7, 3, seed=2, grid=(1, 4, 4))]
+
+
+def phi3(threshold: int) -> hf.PreTrainedModel:
+    """A tiny Phi-3 that computes its positions otherwise beyond `threshold` tokens, as the 128k checkpoints do."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = hf.Phi3Config(
+        **_SIZES,
+        original_max_position_embeddings=threshold,
+        rope_parameters={**rope, "original_max_position_embeddings": threshold},
+    )
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in name:
+            parameter.data.mul_(8)
+    return model

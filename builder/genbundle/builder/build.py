@@ -81,7 +81,7 @@ def build_bundle(
             mean KL divergence of each input.
         max_length: the most tokens (prompt and generated) that a bundle holds; the model's own limit by default.
         processor: the tokenizer or processor; loaded from the directory or hub id when None.
-        also: other runtimes that shall open the same directory, of ONNX bundles: "ort-genai" (ONNX Runtime GenAI),
+        also: other runtimes that shall open the same directory, of "cpu" bundles: "ort-genai" (ONNX Runtime GenAI),
             "transformers.js".
         overwrite: replace a bundle that is at `output`. Anything else there is kept and the build refused.
         verify: replay the bundle on held-out inputs and compare with eager; a mismatch fails the build.

@@ -11,14 +11,15 @@ from genbundle.builder.components import Component
 from genbundle.builder.limits import Limits
 from genbundle.builder.passes.last_tokens import take_last_tokens
 from genbundle.builder.stock_runners import text_processor
-from genbundle.bundles import BuildError
+from genbundle.bundles import BuildError, UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Generation, Manifest, Runner
 from genbundle.runtime.questions import added_prefix
 from genbundle.runtime.text import TextProcessor
 
 EMBEDDED = "transformers.js"
 """The runtime that wants models of pictures with a decoder which takes embeddings."""
-ONNX_BACKENDS = ("cpu", "cuda")
+BACKEND = "cpu"
+"""The one whose bundles were run there: neither runtime has been given a program for CUDA."""
 _EXPECT: dict[str, Callable[[Iterable[Component], Flow], None]] = {
     "ort-genai": ort_genai.expect,
     "transformers.js": transformers_js.expect,
@@ -30,15 +31,14 @@ ALSO: tuple[str, ...] = tuple(_EXPECT)
 
 
 def check_also(also: Sequence[str] | str, backend: str) -> tuple[str, ...]:
-    """The runtimes asked for, each once; BuildError for an unknown one, or one that runs no programs of `backend`."""
+    """The runtimes asked for, each once; BuildError for an unknown one, or one that opens no bundles for `backend`."""
     names = tuple(dict.fromkeys([also] if isinstance(also, str) else also))
     for name in names:
         if name not in ALSO:
             raise BuildError(f"also: unknown runtime {name!r}: choose among {', '.join(ALSO)}")
-        if backend not in ONNX_BACKENDS:
+        if backend != BACKEND:
             raise BuildError(
-                f"also: {_LABELS[name]} runs ONNX programs and the backend {backend!r} makes none: "
-                f"build with one of {', '.join(ONNX_BACKENDS)}"
+                f"also: {_LABELS[name]} opens bundles for the backend {BACKEND!r} only, not those for {backend!r}"
             )
     return names
 
@@ -46,11 +46,16 @@ def check_also(also: Sequence[str] | str, backend: str) -> tuple[str, ...]:
 def expect_generation(also: Collection[str], generation: Generation, limits: Limits) -> tuple[Runner, ...]:
     """The runtimes with what they do otherwise than the bundle says: when sampling, or in a batch.
 
-    Raises UnsupportedModelError for what the model's generation config asks for and would change the most probable
-    tokens.
+    Raises UnsupportedModelError for what would change the most probable tokens: what the model's generation config
+    asks for, or a length from which on its loop begins again.
     """
     runners = []
     for name in also:
+        if limits.restart is not None:
+            raise UnsupportedModelError(
+                f"{_LABELS[name]} doesn't run the sequence again at {limits.restart} tokens, from which on the model "
+                f"computes positions otherwise: build with a max_length of at most {limits.restart}"
+            )
         differs = [*expect_options(_LABELS[name], generation.options, _OPTIONS[name])]
         if name == "ort-genai" and limits.window is not None:
             differs.append(ort_genai.window_note(limits.window))

@@ -6,7 +6,7 @@ from typing import Any
 
 from genbundle.builder.components import Component
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import CAPACITY, Flow
+from genbundle.bundles.manifest import CAPACITY, Flow, Generation
 
 # Options that count only when sampling: without them a runtime draws from another distribution, which is said.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
@@ -27,11 +27,6 @@ def expect_decoder(label: str, component: Component, flow: Flow, *, entry: str =
         raise UnsupportedModelError(
             f"{label} wants one program for prompt and step, and the model's are {', '.join(sorted(last))}"
             + (", token by token" if any(route.one_by_one for route in flow.prompt) else "")
-        )
-    if flow.restart is not None:
-        raise UnsupportedModelError(
-            f"{label} doesn't run the sequence again at {flow.restart} tokens, from which on the model computes "
-            "positions otherwise: build with a smaller max_length"
         )
     for name, source in component.sources.items():
         if name == entry or source.kind in ("mask", "state"):
@@ -60,6 +55,16 @@ def _expect_growing(label: str, component: Component, name: str) -> None:
         raise UnsupportedModelError(
             f"{label} carries each layer's keys and values, which grow, and {component.name} also {name} {shape}"
         )
+
+
+def special_tokens(generation: Generation) -> dict[str, Any]:
+    """The ids of the tokens that begin, end and pad a text, those that are known, in the names of transformers."""
+    tokens = {
+        "bos_token_id": generation.bos_token_id,
+        "eos_token_id": list(generation.eos_token_ids) or None,
+        "pad_token_id": generation.pad_token_id,
+    }
+    return {name: value for name, value in tokens.items() if value is not None}
 
 
 def expect_options(label: str, options: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from genbundle.builder.also.feeding import expect_decoder
+from genbundle.builder.also.feeding import expect_decoder, special_tokens
 from genbundle.builder.components import Component
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Flow, Manifest, Program
@@ -81,17 +81,12 @@ def describe(manifest: Manifest) -> dict:
     inputs = {"input_ids": by_kind["tokens"], "attention_mask": by_kind["mask"]}
     if "position" in by_kind:
         inputs["position_ids"] = by_kind["position"]
-    tokens = {
-        "bos_token_id": generation.bos_token_id,
-        "eos_token_id": list(generation.eos_token_ids) or None,
-        "pad_token_id": generation.pad_token_id,
-    }
     return {
         "model": {
             "type": "decoder",
             "context_length": capacity,
             "vocab_size": logits.shape[-1],
-            **{name: value for name, value in tokens.items() if value is not None},
+            **special_tokens(generation),
             "decoder": {
                 "filename": decoder.file,
                 "session_options": {"provider_options": []},

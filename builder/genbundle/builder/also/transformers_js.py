@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from genbundle.builder.also.data_files import move_programs
-from genbundle.builder.also.feeding import expect_decoder
+from genbundle.builder.also.feeding import expect_decoder, special_tokens
 from genbundle.builder.components import Component
 from genbundle.builder.embedded import EMBEDDINGS, MERGED
 from genbundle.builder.weights import WEIGHTS_NAME
@@ -155,14 +155,9 @@ def _layers(decoder: Program) -> int:
 
 def _generation(generation: Generation) -> dict[str, Any]:
     """generation_config.json, in the names of transformers."""
-    tokens = {
-        "bos_token_id": generation.bos_token_id,
-        "eos_token_id": list(generation.eos_token_ids) or None,
-        "pad_token_id": generation.pad_token_id,
-    }
     renamed = {"forced_eos_token_ids": "forced_eos_token_id"}
     options = {renamed.get(name, name): value for name, value in generation.options.items()}
-    return {name: value for name, value in {**tokens, **options}.items() if value is not None}
+    return {**special_tokens(generation), **{name: value for name, value in options.items() if value is not None}}
 
 
 def _complete_tokenizer(manifest: Manifest, folder: Path) -> None:
