@@ -13,6 +13,7 @@ from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
+from genbundle.builder.passes.tied_weights import share_transposed_weights
 
 FLOAT = ir.DataType.FLOAT
 
@@ -160,3 +161,26 @@ def test_weights_keep_a_row_for_each_output(tmp_path):
     for found in run(model, tmp_path / "a.onnx", x=array):
         np.testing.assert_allclose(found, array @ weight, rtol=1e-5, atol=1e-5)
     assert not keep_output_rows(model)
+
+
+def test_a_product_in_the_body_of_an_if_keeps_its_weight(tmp_path):
+    rng = np.random.default_rng(0)
+    x, taken = ir.val("x", dtype=FLOAT, shape=["length", 32]), ir.val("taken", dtype=ir.DataType.BOOL, shape=[])
+    weight = rng.standard_normal((32, 48), np.float32)
+    one, table, index = constant("one", weight), constant("table", weight.T.copy()), constant("row", np.int64(0))
+    product, other = ir.node("MatMul", [x, one]), ir.node("Sub", [x, x])
+    nothing = ir.node("MatMul", [other.outputs[0], one])
+    bodies = {
+        "then_branch": ir.Graph([], shaped(product, ["length", 48]), nodes=[product], name="then"),
+        "else_branch": ir.Graph([], shaped(nothing, ["length", 48]), nodes=[other, nothing], name="else"),
+    }
+    chosen, row = ir.node("If", [taken], attributes=bodies), ir.node("Gather", [table, index])
+    outputs = [*shaped(chosen, ["length", 48]), *shaped(row, [32])]
+    outputs[0].name, outputs[1].name = "a", "b"
+    model = model_of([x, taken], outputs, [chosen, row], [one, table, index])
+    assert not keep_output_rows(model)
+    assert not share_transposed_weights(model)
+    array = rng.standard_normal((3, 32), np.float32)
+    for said in (True, False):
+        found = run(model, tmp_path / "a.onnx", x=array, taken=np.array(said))[0]
+        np.testing.assert_allclose(found, array @ weight * said, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ def keep_output_rows(model: ir.Model) -> bool:
         tensor, uses = value.const_value, list(value.uses())
         if tensor is None or len(tensor.shape) != 2 or tensor.nbytes < SHARED_FROM_BYTES or not uses:
             continue
-        if not all(use.node.op_type == "MatMul" and use.node.domain == "" and use.idx == 1 for use in uses):
+        if not all(is_product(use.node, use.idx, graph) for use in uses):
             continue
         value.const_value = _transposed(tensor, value.name or "weight")
         value.shape = ir.Shape(_sides(tensor))
@@ -28,6 +28,11 @@ def keep_output_rows(model: ir.Model) -> bool:
     if modified:
         graph.opset_imports.setdefault("com.microsoft", 1)
     return modified
+
+
+def is_product(node: ir.Node, index: int, graph: ir.Graph) -> bool:
+    """Whether an input is multiplied with from the right, in `graph` itself and not in a body of an If or Loop."""
+    return node.op_type == "MatMul" and node.domain == "" and index == 1 and node.graph is graph
 
 
 def multiply_by_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value) -> None:

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from genbundle.builder.passes.output_rows import multiply_by_rows
+from genbundle.builder.passes.output_rows import is_product, multiply_by_rows
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 
@@ -27,7 +27,7 @@ def share_transposed_weights(model: ir.Model) -> bool:
         uses = list(value.uses())
         if tensor is None or len(tensor.shape) != 2 or tensor.nbytes < SHARED_FROM_BYTES or not uses:
             continue
-        if not all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses):
+        if not all(is_product(use.node, use.idx, graph) for use in uses):
             continue
         candidates = by_shape[(tensor.dtype, tensor.shape[1], tensor.shape[0])]
         original = next((other for other in candidates if other is not value and _is_transpose(other, value)), None)
