@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from genbundle.bundles import BuildError, BundleError, BundleVersionError, open_bundle
+from genbundle.bundles import BuildError, BundleError, BundleVersionError, golden, open_bundle
 from genbundle.bundles import reader as reader_module
 from genbundle.bundles import writer as writer_module
 from genbundle.bundles.golden import GoldenCase, read_golden, write_golden
@@ -465,6 +465,7 @@ def test_golden_arrays_that_repeat_are_deflated(tmp_path):
         {"deflated": b"nothing"},
         {"deflated": zlib.compress(bytes(2**24))},
         {"deflated": zlib.compress(bytes(3 * 64 * 64 * 4))[:-6]},
+        {"deflated": zlib.compress(bytes(3 * 64 * 64 * 4)) + b"more"},
     ],
 )
 def test_bad_deflated_arrays(tmp_path, change):
@@ -474,4 +475,26 @@ def test_bad_deflated_arrays(tmp_path, change):
     content["cases"][0]["inputs"]["x"] |= change
     (tmp_path / "g").write_bytes(msgpack.packb(content))  # pyright: ignore[reportArgumentType]
     with pytest.raises(BundleError, match="not a golden file"):
+        read_golden(tmp_path / "g")
+
+
+def test_the_deflated_arrays_of_a_golden_file_have_one_limit(tmp_path, monkeypatch):
+    zeros = np.zeros((1, 3, 64, 64), np.float32)
+    inputs = {"input_ids": CASE.inputs["input_ids"], **dict.fromkeys("xyz", zeros)}
+    write_golden(tmp_path / "g", [replace(CASE, inputs=inputs)])
+    monkeypatch.setattr(golden, "_MOST_BYTES", 4 * zeros.nbytes)
+    assert len(read_golden(tmp_path / "g")[0].inputs) == 4
+    monkeypatch.setattr(golden, "_MOST_BYTES", 2 * zeros.nbytes)
+    with pytest.raises(BundleError, match="not a golden file: its deflated arrays are larger than 98304 bytes"):
+        read_golden(tmp_path / "g")
+
+
+def test_a_golden_file_that_does_not_fit_in_memory(tmp_path, monkeypatch):
+    write_golden(tmp_path / "g", [CASE])
+
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(golden, "numpy_dtype", exhausted)
+    with pytest.raises(BundleError, match="not a golden file that fits in the memory here"):
         read_golden(tmp_path / "g")

@@ -17,7 +17,8 @@ _VERSION = 1
 _MOST_ITEMS = 10_000
 MOST_ROUNDING = 0.01
 """The most that a record may say of a model's rounding: above it nothing would be proven."""
-_MOST_BYTES = 2**31  # of one array, which few bytes may claim to hold
+_MOST_BYTES = 2**31  # of all deflated arrays of a file, which few bytes may claim to hold
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, zlib.error, msgpack.exceptions.UnpackException)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +83,16 @@ def read_golden(path: Path) -> list[GoldenCase]:
         content = msgpack.unpackb(path.read_bytes(), max_map_len=_MOST_ITEMS, max_array_len=_MOST_ITEMS)
         if content["version"] != _VERSION:
             raise BundleError(f"{path}: golden file version {content['version']!r}, expected {_VERSION}")
+        arrays = _Arrays()
         cases = [
             GoldenCase(
                 name=case["name"],
-                inputs={name: _unpack(array) for name, array in case["inputs"].items()},
-                sequences=_unpack(case["sequences"]),
-                top_ids=_unpack(case["top_ids"]),
-                top_logits=_unpack(case["top_logits"]),
-                rest=None if case["rest"] is None else _unpack(case["rest"]),
-                rounding=None if case.get("rounding") is None else _unpack(case["rounding"]),
+                inputs={name: arrays.unpack(array) for name, array in case["inputs"].items()},
+                sequences=arrays.unpack(case["sequences"]),
+                top_ids=arrays.unpack(case["top_ids"]),
+                top_logits=arrays.unpack(case["top_logits"]),
+                rest=None if case["rest"] is None else arrays.unpack(case["rest"]),
+                rounding=None if case.get("rounding") is None else arrays.unpack(case["rounding"]),
                 options=case["options"],
             )
             for case in content["cases"]
@@ -98,8 +100,10 @@ def read_golden(path: Path) -> list[GoldenCase]:
         for case in cases:
             _check(case)
         return cases
-    except (KeyError, TypeError, ValueError, AttributeError, zlib.error, msgpack.exceptions.UnpackException) as error:
+    except _DAMAGED as error:
         raise BundleError(f"{path}: not a golden file: {error}") from error
+    except MemoryError as error:
+        raise BundleError(f"{path}: not a golden file that fits in the memory here") from error
 
 
 def _check(case: GoldenCase) -> None:
@@ -143,21 +147,33 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
     return {**packed, "deflated": deflated} if len(deflated) < len(data) else {**packed, "data": data}
 
 
-def _unpack(value: dict[str, Any]) -> np.ndarray:
-    if value["dtype"] not in DTYPE_NAMES:
-        raise ValueError(f"unknown dtype {value['dtype']!r}")
-    shape = value["shape"]
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"expected a shape, got {shape!r:.200}")
-    dtype = numpy_dtype(value["dtype"])
-    if "deflated" not in value:
-        return np.frombuffer(value["data"], dtype).reshape(shape)
-    size = math.prod(shape) * dtype.itemsize
-    if size > _MOST_BYTES:
-        raise ValueError(f"an array of shape {shape} is larger than {_MOST_BYTES} bytes")
-    inflater = zlib.decompressobj()
-    # One byte more than there may be, and no others, however many it would give.
-    data = inflater.decompress(value["deflated"], size + 1)
-    if len(data) != size or not inflater.eof:
-        raise ValueError(f"expected {size} deflated bytes of an array of shape {shape}")
-    return np.frombuffer(data, dtype).reshape(shape)
+class _Arrays:
+    """Reads the arrays of one file."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_BYTES
+
+    def unpack(self, value: dict[str, Any]) -> np.ndarray:
+        """The array that the map `value` is; ValueError, zlib.error or another of `_DAMAGED` for one that is none."""
+        if value["dtype"] not in DTYPE_NAMES:
+            raise ValueError(f"unknown dtype {value['dtype']!r}")
+        shape = value["shape"]
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"expected a shape, got {shape!r:.200}")
+        dtype = numpy_dtype(value["dtype"])
+        if "deflated" not in value:
+            return np.frombuffer(value["data"], dtype).reshape(shape)
+        data = self._inflate(value["deflated"], math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def _inflate(self, deflated: bytes, size: int) -> bytes:
+        """What `deflated` holds, which has to be exactly `size` bytes."""
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(f"its deflated arrays are larger than {_MOST_BYTES} bytes")
+        inflater = zlib.decompressobj()
+        # One byte more than there may be, and no others, however many it would give.
+        data = inflater.decompress(deflated, size + 1)
+        if len(data) != size or not inflater.eof or inflater.unused_data:
+            raise ValueError(f"expected one zlib stream of {size} bytes, which gives others or goes on behind them")
+        return data
