@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -144,6 +145,30 @@ def outside(folder):
     edit(folder, lambda described: described["components"]["decode"].update(file="../decode.onnx"))
 
 
+def configured(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def claiming(length):
+    """A weight that says it is 4 * 10^18 bytes, of which the graph reads `length`."""
+
+    def change(folder):
+        proto = onnx.load(folder / "decode.onnx", load_external_data=False)
+        weight = next(item for item in proto.graph.initializer if item.external_data)
+        weight.dims[:] = [10**9, 10**9]
+        kept = [(entry.key, entry.value) for entry in weight.external_data if entry.key != "length"]
+        del weight.external_data[:]
+        for key, value in [*kept, *([] if length is None else [("length", str(length))])]:
+            weight.external_data.add(key=key, value=value)
+        (folder / "decode.onnx").write_bytes(proto.SerializeToString())
+
+    return change
+
+
 def with_fixed_length(folder):
     model = ir.load(folder / "prefill.onnx")
     model.graph.inputs[0].shape = ir.Shape([2, 9])
@@ -186,6 +211,24 @@ def with_fixed_length(folder):
         ),
         (recorded("decode", "export_dtype", "bfloat16"), UnsupportedModelError, "decode: exported at bfloat16"),
         (recorded("decode", "architecture", "MyModel"), UnsupportedModelError, "architecture 'MyModel' isn't one of"),
+        (
+            recorded("decode", "architecture", "LlamaForSequenceClassification"),
+            UnsupportedModelError,
+            "architecture 'LlamaForSequenceClassification' isn't one of the causal language models",
+        ),
+        (configured(num_hidden_layers=10**9), BuildError, "config.json says 1000000000 layers, 0 of them with another"),
+        (configured(num_hidden_layers="2"), BuildError, "config.json' makes no LlamaForCausalLM"),
+        (
+            lambda folder: (folder / "export.json").write_text("[" * 200_000),
+            BuildError,
+            "export.json' is damaged: maximum recursion depth",
+        ),
+        (recorded("decode", "kwargs", [1]), BuildError, "export.json: 'kwargs' of the component 'decode' isn't an"),
+        (recorded("decode", "packages", "all"), BuildError, "'packages' of the component 'decode' isn't an object"),
+        (recorded("prefill", "export_config", [1]), BuildError, "'export_config' of the component 'prefill' isn't an"),
+        (traced("decode", "input_ids", 3), BuildError, "'input_ids' in 'kwargs' of the component 'decode' isn't an"),
+        (claiming(16), BuildError, "of the component 'decode' is 4000000000000000000 bytes, and its graph reads 16"),
+        (claiming(None), BuildError, "with the weights of the component 'decode' is cut short"),
         (lambda folder: (folder / "config.json").unlink(), BuildError, "config.json' makes no LlamaForCausalLM"),
         (
             lambda folder: (folder / "tokenizer_config.json").unlink(),

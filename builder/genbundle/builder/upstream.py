@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from genbundle.builder.exporting import first_line
 from genbundle.builder.noise import quiet
@@ -27,6 +28,7 @@ _OTHER_FORMATS = ("dynamo", "executorch", "openvino")
 _STAGES = {"prompt": "prefill", "decode": "decode"}
 """Program -> upstream's component."""
 _ENCODING = re.compile(r"\w*(encoder|projector|tower)\w*|language_model")
+_KEYS = re.compile(r"(input\.)?past_key_values\.layers\.\d+\.keys")
 _TENSORS = ("input_ids", "attention_mask", "position_ids")
 _CACHES = ("DynamicCache",)
 
@@ -50,10 +52,11 @@ def read_export(folder: Path) -> UpstreamExport:
     components = _components(described, folder)
     graphs = {name: _graph(folder, stage, components[stage]) for name, stage in _STAGES.items() if stage in components}
     for stage in components:
+        _expect_shaped(stage, components[stage]["metadata"])
         _expect_explained(stage, components[stage]["metadata"])
         _expect_plain(stage, components[stage]["metadata"])
     metadata = components["decode"]["metadata"]
-    model, notes = _model(folder, metadata)
+    model, notes = _model(folder, metadata, _layers(graphs["decode"]))
     packages = {name: str(version) for name, version in metadata.get("packages", {}).items()}
     return UpstreamExport(folder=folder, graphs=graphs, model=model, packages=packages, notes=notes)
 
@@ -70,7 +73,7 @@ def _described(folder: Path) -> dict[str, Any]:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BuildError(f"pack: {str(path)!r} is damaged: {first_line(error)}") from error
     entries = value.get("components") if isinstance(value, dict) else None
     if not isinstance(entries, dict) or not all(_is_entry(entry) for entry in entries.values()):
@@ -147,8 +150,23 @@ def _expect_there(folder: Path, stage: str, tensor: ir.ExternalTensor) -> None:
         raise BuildError(f"pack: the component {stage!r} reads weights outside the directory, from {location!r}")
     if not path.is_file():
         raise BuildError(f"pack: the file {location!r} with the weights of the component {stage!r} is missing")
-    if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > path.stat().st_size:
+    if tensor.length not in (None, tensor.nbytes) or (tensor.offset or 0) < 0:
+        raise BuildError(
+            f"pack: {tensor.name!r} of the component {stage!r} is {tensor.nbytes} bytes, and its graph reads "
+            f"{tensor.length} from {tensor.offset or 0} on in {location!r}"
+        )
+    if (tensor.offset or 0) + tensor.nbytes > path.stat().st_size:
         raise BuildError(f"pack: the file {location!r} with the weights of the component {stage!r} is cut short")
+
+
+def _expect_shaped(stage: str, metadata: Mapping[str, Any]) -> None:
+    """BuildError for metadata that isn't as its exporter writes it."""
+    for name in ("kwargs", "in_constants", "packages", "export_config"):
+        if not isinstance(metadata.get(name, {}), dict):
+            raise BuildError(f"pack: {EXPORT_NAME}: {name!r} of the component {stage!r} isn't an object")
+    for name, traced in metadata.get("kwargs", {}).items():
+        if not isinstance(traced, dict):
+            raise BuildError(f"pack: {EXPORT_NAME}: {name!r} in 'kwargs' of the component {stage!r} isn't an object")
 
 
 def _expect_explained(stage: str, metadata: Mapping[str, Any]) -> None:
@@ -173,24 +191,35 @@ def _expect_explained(stage: str, metadata: Mapping[str, Any]) -> None:
 
 def _expect_plain(stage: str, metadata: Mapping[str, Any]) -> None:
     """UnsupportedModelError for what would be another precision."""
-    dtype, config = metadata.get("export_dtype"), metadata.get("export_config") or {}
+    dtype, config = metadata.get("export_dtype"), metadata.get("export_config", {})
     if dtype != "float32":
         raise UnsupportedModelError(f"{stage}: exported at {dtype}, and bundles are float32 or rounded by a build")
     if config.get("quantizer"):
         raise UnsupportedModelError(f"{stage}: exported with a quantizer, whose precision a bundle can't say")
 
 
-def _model(folder: Path, metadata: Mapping[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _layers(decode: ir.Model) -> int:
+    """How many layers' keys a graph takes."""
+    return sum(_KEYS.fullmatch(value.name or "") is not None for value in decode.graph.inputs)
+
+
+def _model(folder: Path, metadata: Mapping[str, Any], layers: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The exported architecture without weights: what it is made of, and what its generation config asks for."""
     name = str(metadata.get("architecture"))
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise UnsupportedModelError(
-            f"decode: its architecture {name!r} isn't one of transformers {transformers.__version__}"
+            f"decode: its architecture {name!r} isn't one of the causal language models of transformers "
+            f"{transformers.__version__}"
         )
     try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # Before the model is made, which takes time and memory for each layer even without its weights.
+        _expect_layers(config, layers)
         with quiet(), torch.device("meta"):
-            model: Any = cls(AutoConfig.from_pretrained(folder, trust_remote_code=False))  # pyright: ignore
+            model: Any = getattr(transformers, name)(config)
+    except BuildError:
+        raise
     except Exception as error:  # whatever a config's and a model's own code raises
         raise BuildError(f"pack: {str(folder / 'config.json')!r} makes no {name}: {first_line(error)}") from error
     if model.config.is_encoder_decoder:
@@ -204,3 +233,14 @@ def _model(folder: Path, metadata: Mapping[str, Any]) -> tuple[PreTrainedModel, 
     else:
         notes = ("the export holds no generation_config.json: end tokens and options are those of config.json",)
     return model.eval(), notes
+
+
+def _expect_layers(config: Any, layers: int) -> None:
+    """BuildError for a config of a model with other layers than the graph takes keys for."""
+    text = config.get_text_config(decoder=True)
+    told, shared = text.num_hidden_layers, getattr(text, "num_kv_shared_layers", None) or 0
+    if layers != told - shared:
+        raise BuildError(
+            f"pack: config.json says {told} layers, {shared} of them with another's keys, and the component 'decode' "
+            f"takes keys for {layers}"
+        )
