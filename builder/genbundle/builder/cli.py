@@ -56,7 +56,8 @@ _BACKEND = click.option(
     "--also",
     multiple=True,
     metavar="RUNTIME",
-    help="Let another runtime open the same directory, of cpu: ort-genai, transformers.js; may be given several times.",
+    help="Let another runtime open the directory of a cpu bundle too: ort-genai, transformers.js; may be given several "
+    "times.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at the output.")
 @click.option("--no-verify", is_flag=True, help="Skip the replay against the original model.")
