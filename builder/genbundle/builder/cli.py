@@ -97,11 +97,7 @@ def build(
             quality_floor=quality_floor, also=also, overwrite=overwrite, verify=not no_verify,
             progress=sys.stderr.isatty() and not (no_progress or as_json),
         )  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(report(bundle)))
-    else:
-        for line in lines(bundle):
-            click.echo(line)
+    _tell(bundle, as_json=as_json)
 
 
 @click.command(short_help="Make a bundle of what transformers exported.")
@@ -139,6 +135,11 @@ def pack(
             directory, model=model, processor=False if no_tokenizer else tokenizer, output=output, overwrite=overwrite,
             progress=sys.stderr.isatty() and not (no_progress or as_json),
         )  # fmt: skip
+    _tell(bundle, as_json=as_json)
+
+
+def _tell(bundle: Bundle, *, as_json: bool) -> None:
+    """Print what was built, for people or for scripts."""
     if as_json:
         click.echo(json.dumps(report(bundle)))
     else:
