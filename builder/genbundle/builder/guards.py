@@ -176,7 +176,9 @@ def _same(
         with torch.no_grad():
             # Not as it is called: upstream's exporter watches that, and would take these inputs for the program's.
             expected = type(module).forward(module, **copy.deepcopy(given))
-            found = program.module(check_guards=False)(**copy.deepcopy(given))
+            traced = program.module(check_guards=False)
+            traced._forward_pre_hooks.clear()  # they refuse sizes that weren't traced before the program can show them
+            found = traced(**copy.deepcopy(given))
     except Exception:  # whatever the traced code raises for sizes that it isn't for
         return False
     return all(
