@@ -347,7 +347,7 @@ def device(bundle: Path, platform: str, output: Path | None, as_json: bool) -> N
         return
     click.echo(
         f"{folder}: for {facts['runner']} of ExecuTorch {facts['executorch']}, model.pte of {facts['model_bytes']:,} "
-        f"bytes, {facts['golden_cases']} recorded cases; its README.md says how to go on"
+        f"bytes, recorded cases: {facts['golden_cases']}; its README.md says how to go on"
     )
 
 
