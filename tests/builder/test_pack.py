@@ -169,6 +169,14 @@ def claiming(length):
     return change
 
 
+def constant_elsewhere(folder):
+    proto = onnx.load(folder / "decode.onnx", load_external_data=False)
+    value = onnx.TensorProto(name="far", dims=[4], data_type=onnx.TensorProto.FLOAT, data_location="EXTERNAL")
+    value.external_data.add(key="location", value="../secret")
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["far"], value=value))
+    (folder / "decode.onnx").write_bytes(proto.SerializeToString())
+
+
 def with_fixed_length(folder):
     model = ir.load(folder / "prefill.onnx")
     model.graph.inputs[0].shape = ir.Shape([2, 9])
@@ -229,6 +237,7 @@ def with_fixed_length(folder):
         (traced("decode", "input_ids", 3), BuildError, "'input_ids' in 'kwargs' of the component 'decode' isn't an"),
         (claiming(16), BuildError, "of the component 'decode' is 4000000000000000000 bytes, and its graph reads 16"),
         (claiming(None), BuildError, "with the weights of the component 'decode' is cut short"),
+        (constant_elsewhere, BuildError, "'far' inside a node of the component 'decode' reads from another file"),
         (lambda folder: (folder / "config.json").unlink(), BuildError, "config.json' makes no LlamaForCausalLM"),
         (
             lambda folder: (folder / "tokenizer_config.json").unlink(),

@@ -155,6 +155,11 @@ def change(path, value):
             {"pieces": "nothing"},
             "Expected an input's name, got 'nothing' - at `$.programs[0].inputs[1].source.options.pieces`",
         ),
+        (
+            ("programs", 0, "inputs", 1, "source", "options"),
+            {"sizes": [[]]},
+            "Expected an input's name, got [[]] - at `$.programs[0].inputs[1].source.options.sizes`",
+        ),
         (("images", "placeholder"), "", "Expected a text that isn't empty - at `$.images.placeholder`"),
         (("flow", "batch"), 0, "Expected at least 1, got 0 - at `$.flow.batch`"),
         (("programs", 0, "least"), 0, "Expected at least 1, got 0 - at `$.programs[0].least`"),

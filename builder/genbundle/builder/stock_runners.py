@@ -150,7 +150,7 @@ def _first_media(manifest: Manifest, given: Sequence[Inputs]) -> tuple[Inputs, i
     if images is not None and images.steps:
         pixels = torch.from_numpy(preprocess([PIL.Image.linear_gradient("L").convert("RGB")], images))
         return {images.input: pixels}, images.token_id or 0, images.tokens_per_image or 0
-    token = encoder.placeholder_id if images is None else images.token_id
+    token = manifest.placeholder_of(encoder)
     name = next((item.source.name for item in encoder.inputs if item.source.kind == "user"), None)
     if not given or name not in given[0] or token is None:
         return {}, 0, 0

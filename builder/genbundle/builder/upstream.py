@@ -125,6 +125,7 @@ def _graph(folder: Path, stage: str, entry: Mapping[str, Any]) -> ir.Model:
         raise BuildError(f"pack: the file {entry['file']!r} of the component {stage!r} is missing")
     try:
         model = ir.load(path)
+        _expect_whole_branches(stage, model)
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
@@ -141,6 +142,25 @@ def _graph(folder: Path, stage: str, entry: Mapping[str, Any]) -> ir.Model:
     if not model.graph.inputs or not any(value.name == "logits" for value in model.graph.outputs):
         raise BuildError(f"pack: the graph {entry['file']!r} of the component {stage!r} has no inputs or no logits")
     return model
+
+
+def _expect_whole_branches(stage: str, model: ir.Model) -> None:
+    """Weights in other files belong to the outer graph alone, where they are looked at one by one."""
+    roots = (model.graph, *model.functions.values())
+    tensors = [
+        value.const_value for root in roots for graph in root.subgraphs() for value in graph.initializers.values()
+    ]
+    for attribute in (each for root in roots for node in root.all_nodes() for each in node.attributes.values()):
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensors.append(attribute.value)
+        elif attribute.type == ir.AttributeType.TENSORS:
+            tensors += attribute.value
+    outside = next((tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)), None)
+    if outside is not None:
+        raise BuildError(
+            f"pack: {outside.name or 'a constant'!r} inside a node of the component {stage!r} reads from another file, "
+            f"{str(outside.location)!r}: only weights of the graph itself may"
+        )
 
 
 def _expect_there(folder: Path, stage: str, tensor: ir.ExternalTensor) -> None:

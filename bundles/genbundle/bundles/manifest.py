@@ -284,6 +284,12 @@ class Manifest:
                 return program
         raise KeyError(name)
 
+    def placeholder_of(self, program: Program) -> int | None:
+        """The token that stands in a prompt once for each feature that an encoder gives; None where none is known."""
+        if program.placeholder_id is None and program.modality == "image" and self.images is not None:
+            return self.images.token_id
+        return program.placeholder_id
+
     def to_json(self) -> str:
         """The manifest as it stands in the bundle, ending in a newline."""
         return json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n"

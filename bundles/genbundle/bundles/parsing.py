@@ -116,7 +116,7 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
         kinds = {"each", "offsets", "sizes", "grid", "mask"}
         for option, others in (("pieces", kinds), ("sizes", set()), ("grid", set()), ("mask", set())):
             by = item.source.options.get(option)
-            if by is not None and by not in names | others:
+            if by is not None and not (isinstance(by, str) and by in names | others):
                 raise BundleError(
                     f"Expected an input's name, got {by!r} - at `{path}.inputs[{index}].source.options.{option}`"
                 )

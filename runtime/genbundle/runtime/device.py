@@ -191,9 +191,7 @@ class Phone:
         names = all(isinstance(name, str) for name in case.options)
         if media is None or case.inputs.keys() - known or case.inputs.keys() & case.options.keys() or not names:
             return None
-        images = self.bundle.manifest.images
-        token = self.encoder.placeholder_id if self.encoder is not None else None
-        token = images.token_id if token is None and images is not None and self.encoder is not None else token
+        token = None if self.encoder is None else self.bundle.manifest.placeholder_of(self.encoder)
         rows, parts = len(media), []
         for part in split_ids(ids[0], token, ids[0].tolist().count(token) // rows if rows else None):
             text = None if part is None else self.processor.decode(part, skip_special_tokens=False)

@@ -322,9 +322,7 @@ class _Call:
     def _check_placeholders(self, entry: ProgramEntry, outputs: Mapping[str, Any]) -> None:
         """Refuse a prompt whose placeholder tokens aren't as many as the features that take their place."""
         images, kind = self.wiring.manifest.images, entry.modality or "media"
-        token = entry.placeholder_id
-        if token is None and images is not None and kind == "image":
-            token = images.token_id
+        token = self.wiring.manifest.placeholder_of(entry)
         name = next((item.name for item in entry.outputs if item.state is None and item.name != "logits"), None)
         if token is None or name is None:
             return
