@@ -15,7 +15,7 @@ from genbundle.builder import build as build_module
 from genbundle.builder import build_bundle
 from genbundle.builder import verify as verify_module
 from genbundle.builder.loading import borrowed
-from genbundle.bundles import BuildError, EngineError, InputError, UnsupportedModelError, VerificationError
+from genbundle.bundles import BuildError, EngineError, InputError, UnsupportedModelError
 
 
 class Mystery(hf.LlamaForCausalLM):
@@ -136,18 +136,23 @@ def test_output_that_exists_is_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "place", "kind"),
+    [("cpu", -1, "a step after the prompt"), ("torch", -12, "the prompt"), ("xnnpack", -1, "a step after the prompt")],
+)
+def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch, backend, place, kind):
     """Eager's record with one token changed stands for a program that gives another token."""
     record = build_module.record
 
     def tampered(*args, **kwargs):
         case = record(*args, **kwargs)
-        case.sequences[0, -1] = (case.sequences[0, -1] + 1) % 190
+        case.sequences[0, place] = (case.sequences[0, place] + 1) % 190
         return case
 
     monkeypatch.setattr(build_module, "record", tampered)
-    with pytest.raises(VerificationError, match=r"one token: step 11 of sequence 0 gives token \d+, eager gave \d+"):
-        build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
+    words = rf"^decode: {kind} gives something else than the model does \(one token: step {12 + place} of sequence 0 "
+    with pytest.raises(UnsupportedModelError, match=words + r"gives token \d+, eager gave \d+ .*\)$"):
+        build_bundle(tiny_llama(), backend=backend, output=tmp_path / "b", max_length=64, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

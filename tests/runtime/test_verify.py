@@ -10,7 +10,7 @@ from genbundle.bundles import VerificationError
 from genbundle.bundles.golden import GoldenCase
 from genbundle.bundles.manifest import Flow, Input, Output, Route, Source
 from genbundle.runtime.model import Model
-from genbundle.runtime.verify import replay
+from genbundle.runtime.verify import locate, replay
 
 VOCABULARY = 6
 
@@ -91,3 +91,41 @@ def test_logits_may_differ_as_much_as_the_models_own_rounding():
     rounding[:, 0] = 0
     with pytest.raises(VerificationError, match="step 0 of sequence 0: the logits differ"):
         check(replace(off, rounding=rounding))
+
+
+def test_the_programs_that_can_be_at_fault_are_named():
+    """Text alone goes through one program, pictures through an encoder before it: where text holds, that is left."""
+    encoder = program(
+        name="image_encoder",
+        roles=("encoder",),
+        inputs=(Input(name="pixels", dtype="float32", shape=("n",), source=Source(kind="user", name="pixels")),),
+        outputs=(Output(name="features", dtype="float32", shape=("n",)),),
+    )
+    bundle = FakeBundle()
+    routes = (Route(programs=("image_encoder", "decode"), needs=("pixels",)), Route(programs=("decode",)))
+    bundle.manifest = replace(
+        FakeBundle.manifest, programs=(encoder, *FakeBundle.manifest.programs),
+        flow=replace(FakeBundle.manifest.flow, prompt=routes),
+    )  # fmt: skip
+
+    class WithEncoder(Engine):
+        def program(self, name):
+            return (lambda feeds: {"features": feeds["pixels"]}) if name == "image_encoder" else super().program(name)
+
+    model = Model(bundle, WithEncoder())  # pyright: ignore[reportArgumentType]
+    text, off = case(), case().top_logits.copy()
+    off[:, 0] += 1
+    picture = replace(text, name="picture", inputs={**text.inputs, "pixels": np.zeros(2, np.float32)}, top_logits=off)
+
+    def told(*cases):
+        with pytest.raises(VerificationError) as raised:
+            replay(model, cases[0])
+        locate(model, cases, raised.value)
+        return raised.value.case, raised.value.step, raised.value.programs, raised.value.held
+
+    assert told(picture, text) == ("picture", 0, ("image_encoder",), ("decode",))
+    assert told(picture) == ("picture", 0, ("image_encoder", "decode"), ())
+    assert told(picture, replace(text, top_logits=off)) == ("picture", 0, ("image_encoder", "decode"), ())
+    later = case().top_logits.copy()
+    later[:, 1] += 1
+    assert told(replace(picture, top_logits=later), text) == ("picture", 1, ("decode",), ())

@@ -27,9 +27,9 @@ from genbundle.builder.progress import show_progress
 from genbundle.builder.rows import mixes_rows, one_at_a_time
 from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
 from genbundle.builder.stock_runners import asking, tried_runners
-from genbundle.builder.verify import NEW_TOKENS, new_tokens, record, taken_by, verify_staged
+from genbundle.builder.verify import NEW_TOKENS, new_tokens, record, taken_by, unsupported, verify_staged
 from genbundle.builder.weights import unique_bytes
-from genbundle.bundles import BuildError, Bundle, EngineError, UnsupportedModelError, VerificationError
+from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
 from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
 from genbundle.bundles.manifest import Model as ModelFacts
 from genbundle.bundles.writer import check_target, new_bundle
@@ -89,9 +89,9 @@ def build_bundle(
 
     Raises:
         BuildError: settings, inputs or an output that can't be used.
-        UnsupportedModelError: a model whose generation can't be replayed exactly; names the component and the cause.
-        VerificationError: the finished bundle gave other tokens than eager, or came too far from it at a lossy
-            precision; nothing is kept.
+        UnsupportedModelError: a model whose generation can't be replayed exactly; names the component and the cause:
+            at float32 the programs that gave other logits or tokens than eager on a held-out input, and which.
+        VerificationError: the finished bundle came too far from eager at a lossy precision; nothing is kept.
     """
     settings = _check_settings(backend, precision, quality_floor, max_length, verify, also)
     precisions = parse_precision(precision, backend)
@@ -128,7 +128,7 @@ def build_bundle(
                     try:
                         manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
                     except (VerificationError, EngineError) as error:
-                        manifest = export(partial(OTHERWISE[backend], refusal=error))
+                        manifest = export(partial(OTHERWISE[backend], refusal=unsupported(error, writer.path)))
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
             del loaded, eager, export
             gc.collect()
@@ -136,9 +136,10 @@ def build_bundle(
                 announce("verify")
                 try:
                     manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
-                except EngineError as error:
-                    why = str(error).replace(f"{writer.path}: ", "")
-                    raise UnsupportedModelError(f"the engine can't run what the model became: {why}") from error
+                except (VerificationError, EngineError) as error:
+                    if floor is not None and isinstance(error, VerificationError):
+                        raise
+                    raise unsupported(error, writer.path) from error
             announce("publish")
             return writer.commit(manifest)
 

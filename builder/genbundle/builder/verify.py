@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from genbundle.bundles.report import Check, QualityFloor, Verification
 from genbundle.bundles.writer import BundleWriter
 from genbundle.runtime import Model, load_bundle
 from genbundle.runtime.quality import expect_quality
-from genbundle.runtime.verify import check_cases
+from genbundle.runtime.verify import check_cases, locate
 
 NEW_TOKENS = 12
 _QUALITY_TOKENS = 32  # a mean over few tokens says little
@@ -155,14 +156,37 @@ def _in_pieces(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | No
 
 
 def _checked(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:
-    """`check_cases`; UnsupportedModelError for a case that the runtime refuses, though eager took it."""
+    """`check_cases`; UnsupportedModelError for a case that the runtime refuses, though eager took it.
+
+    VerificationError names the programs that can be at fault.
+    """
     try:
         return check_cases(runtime, cases, floor)
+    except VerificationError as error:
+        locate(runtime, cases, error)
+        raise
     except InputError as error:
         # What the given samples have alike looked constant: as many patches in two pictures, for instance.
         raise UnsupportedModelError(
             f"the bundle would refuse what eager takes ({error}): give inputs that differ in what shall be dynamic"
         ) from error
+
+
+def unsupported(error: VerificationError | EngineError, folder: Path) -> UnsupportedModelError:
+    """What a float32 bundle's failed replay says of the model, with the programs at fault.
+
+    folder: where the bundle was, which isn't anybody's any more.
+    """
+    why = str(error).replace(f"{folder}: ", "")
+    if isinstance(error, EngineError):
+        return UnsupportedModelError(f"the engine can't run what the model became: {why}")
+    if not error.programs:
+        return UnsupportedModelError(why)
+    *others, last = error.programs
+    names = f"{', '.join(others)} or {last}" if others else last
+    kind = "a step after the prompt" if error.step else "the prompt"
+    held = f"; {', '.join(error.held)} held without it" if error.held else ""
+    return UnsupportedModelError(f"{names}: {kind} gives something else than the model does ({why}{held})")
 
 
 def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:

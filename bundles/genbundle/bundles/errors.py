@@ -37,4 +37,15 @@ class UnsupportedModelError(BuildError):
 
 
 class VerificationError(BuildError):
-    """A finished bundle that didn't reproduce eager generation; names the input and the step."""
+    """A finished bundle that didn't reproduce eager generation; names the input and the step.
+
+    case, step: the recorded case's name and the step of its generation, 0 for the prompt's; None where it isn't one
+    step. programs: those that can be at fault, where that was looked for; held: the others of that step, which gave
+    eager's logits for another case.
+    """
+
+    def __init__(self, message: str, *, case: str | None = None, step: int | None = None):
+        super().__init__(message)
+        self.case, self.step = case, step
+        self.programs: tuple[str, ...] = ()
+        self.held: tuple[str, ...] = ()

@@ -1,10 +1,10 @@
 """Replay recorded generations on a loaded bundle and compare: the build's check, and a device's own proof."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from genbundle.bundles import InputError, VerificationError
+from genbundle.bundles import EngineError, InputError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, log_sum_exp, read_golden
 from genbundle.bundles.report import Check, QualityFloor
 from genbundle.runtime.generate import Clock, Step, collect
@@ -12,6 +12,7 @@ from genbundle.runtime.inputs import token_ids
 from genbundle.runtime.model import Model
 from genbundle.runtime.prefix import generation_inputs, generation_options, split_options
 from genbundle.runtime.quality import expect_quality, quality_of
+from genbundle.runtime.sampling import GenerationOptions
 
 # Of the largest logit's size. float32 programs of one model differ by rounding, far below it; a wrong mask or position
 # shows above it even where the same token wins.
@@ -60,6 +61,39 @@ def replay(model: Model, case: GoldenCase) -> Check:
     )
 
 
+def locate(model: Model, cases: Sequence[GoldenCase], error: VerificationError) -> None:
+    """Say in `error`, which replaying one of `cases` raised, which programs can be at fault, in the order of the calls.
+
+    Of a prompt's programs those are left out that another case's prompt goes through and gets eager's logits from, if
+    any remain: of a prompt with pictures an encoder and the merge do, where text alone holds. Nothing is said of an
+    error that isn't about one step of a case.
+    """
+    failed = next((case for case in cases if case.name == error.case), None)
+    if failed is None or error.step is None:
+        return
+    programs = _programs(model, failed, error.step)
+    ways = {way: case for case in cases if error.step == 0 and (way := _programs(model, case, 0)) != programs}
+    held = {name for way, case in ways.items() if _prompt_holds(model, case) for name in way}
+    error.programs = tuple(name for name in programs if name not in held) or programs
+    error.held = tuple(name for name in programs if name not in error.programs)
+
+
+def _prompt_holds(model: Model, case: GoldenCase) -> bool:
+    try:
+        replay(model, case)
+    except VerificationError as error:
+        return bool(error.step)
+    except (EngineError, InputError):
+        return False
+    return True
+
+
+def _programs(model: Model, case: GoldenCase, step: int) -> tuple[str, ...]:
+    """The programs that a case's prompt, or a later step of it, goes through."""
+    wiring = model.wiring
+    return wiring.manifest.flow.step if step else wiring.routes.choose(_inputs(model, case)[0]).programs
+
+
 def measure(model: Model, case: GoldenCase) -> Check:
     """Run one case along eager's tokens and measure how far the logits are from eager's.
 
@@ -90,10 +124,7 @@ def measure(model: Model, case: GoldenCase) -> Check:
 
 def _run(model: Model, case: GoldenCase, *, forced: bool) -> tuple[list[Step], np.ndarray, np.ndarray]:
     """The steps and new tokens of a generation from the case's inputs, along eager's if `forced`, and eager's."""
-    manifest = model.bundle.manifest
-    prefix, given = split_options(manifest.generation, case.options)
-    options = generation_options(manifest.generation, given)
-    inputs = generation_inputs(case.inputs, prefix, options, model.wiring)
+    inputs, options = _inputs(model, case)
     ids = token_ids(inputs)
     if ids.shape[0] != len(case.sequences):
         raise VerificationError(f"{case.name}: records {len(case.sequences)} sequences for inputs of {ids.shape[0]}")
@@ -101,6 +132,14 @@ def _run(model: Model, case: GoldenCase, *, forced: bool) -> tuple[list[Step], n
     along = expected if forced else None
     taken, new = collect(model.wiring, inputs, options, None, Clock(), keep_logits=True, forced=along)
     return taken, new, expected
+
+
+def _inputs(model: Model, case: GoldenCase) -> tuple[dict[str, np.ndarray], GenerationOptions]:
+    """A case's inputs, completed, and its options."""
+    generation = model.bundle.manifest.generation
+    prefix, given = split_options(generation, case.options)
+    options = generation_options(generation, given)
+    return generation_inputs(case.inputs, prefix, options, model.wiring), options
 
 
 def _open_places(taken: list[Step], new_tokens: int, batch: int) -> Iterator[tuple[int, int]]:
@@ -115,13 +154,12 @@ def _logits(case: GoldenCase, taken: list[Step], row: int, index: int) -> np.nda
     """The logits of the tokens that the case records at a step; VerificationError where it doesn't fit."""
     logits = taken[index].logits[row].astype(np.float32)
     if index >= case.top_ids.shape[1] or case.top_ids[row, index].max() >= len(logits):
-        raise VerificationError(
-            f"{case.name}: step {index} of sequence {row}: the record has no logits of it, or of tokens "
-            f"beyond the model's {len(logits)}"
+        raise _differs(
+            case, row, index, f": the record has no logits of it, or of tokens beyond the model's {len(logits)}"
         )
     found = logits[case.top_ids[row, index]]
     if not np.isfinite(found).all():
-        raise VerificationError(f"{case.name}: step {index} of sequence {row} gives logits that aren't numbers")
+        raise _differs(case, row, index, " gives logits that aren't numbers")
     return found
 
 
@@ -145,18 +183,20 @@ def _compare(case: GoldenCase, taken: list[Step], new: np.ndarray, expected: np.
                 difference = float(np.abs(_logits(case, taken, row, index) - case.top_logits[row, index]).max())
                 worst = max(worst, difference)
                 if not difference <= tolerances[row, index] * float(np.abs(case.top_logits[row, index]).max()):
-                    raise VerificationError(
-                        f"{case.name}: step {index} of sequence {row}: the logits differ from eager's by "
-                        f"{difference:.3g}"
-                    )
+                    raise _differs(case, row, index, f": the logits differ from eager's by {difference:.3g}")
             got = new[row, index] if index < new.shape[1] else None
             want = expected[row, index] if index < expected.shape[1] else None
             if got != want:
-                raise VerificationError(
-                    f"{case.name}: step {index} of sequence {row} gives token {got}, eager gave {want} "
-                    f"(largest logit difference so far {worst:.3g}, eager's margin {_margin(case, row, index):.3g})"
-                )
+                margin = _margin(case, row, index)
+                raise _differs(
+                    case, row, index, f" gives token {got}, eager gave {want} "
+                    f"(largest logit difference so far {worst:.3g}, eager's margin {margin:.3g})",
+                )  # fmt: skip
     return worst
+
+
+def _differs(case: GoldenCase, row: int, index: int, what: str) -> VerificationError:
+    return VerificationError(f"{case.name}: step {index} of sequence {row}{what}", case=case.name, step=index)
 
 
 def _margin(case: GoldenCase, row: int, index: int) -> float:
