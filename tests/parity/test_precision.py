@@ -88,16 +88,34 @@ def test_text_models_on_torch(name, bundle, tmp_path):
 def test_what_a_backend_lacks(tmp_path):
     with pytest.raises(BuildError, match="precision 'int4' isn't available on 'torch': it can fp32, int8"):
         built("llama", "torch", tmp_path / "b", precision="int4")
-    with pytest.raises(BuildError, match="'int8' of 'encoder': on 'xnnpack' encoders are fp32, and nothing else"):
-        built("llava", "xnnpack", tmp_path / "b", precision={"encoder": "int8"})
 
 
 def test_an_image_text_model_on_xnnpack(tmp_path):
-    made = built("llava", "xnnpack", tmp_path / "b", precision="int4")
+    """Its state stays inside, at 4 bits and with an encoder whose constants are computed at the build."""
+    made = built("llava", "xnnpack", tmp_path / "b", precision={"language_model": "int4", "encoder": "int8"})
     found = {program.name: program.precision for program in made.manifest.programs}
-    assert found.pop("image_encoder") == "fp32" and set(found.values()) == {"int4"}
-    report = made.manifest.verification
+    assert found.pop("image_encoder") == "int8" and set(found.values()) == {"int4"}
+    assert not made.manifest.state
+    report, facts = made.manifest.verification, made.manifest.model
     assert report is not None and report.quality is not None and report.quality.kl_divergence < 0.2
+    # What isn't a product or a look-up of tokens stays: the convolution of patches and the table of their places.
+    assert facts.weight_bytes < facts.parameters * 1.3
+
+
+def test_an_image_text_model_on_torch(tmp_path):
+    made = built("llava", "torch", tmp_path / "b", precision={"language_model": "int8", "image_encoder": "int8"})
+    assert {program.precision for program in made.manifest.programs} == {"int8"}
+    report, facts = made.manifest.verification, made.manifest.model
+    assert report is not None and report.quality is not None
+    assert 0 < report.quality.kl_divergence < 1e-3 and report.quality.agreement > 0.9
+    assert facts.weight_bytes < 1.3 * facts.parameters
+
+
+@pytest.mark.parametrize("backend", ["xnnpack", "torch"])
+def test_a_part_that_a_text_model_lacks(backend, tmp_path):
+    with pytest.raises(BuildError, match="this model has no 'encoder': its parts are language_model"):
+        built("llama", backend, tmp_path / "b", precision={"encoder": "int8"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_for_cuda_on_the_cpu_provider(tmp_path):

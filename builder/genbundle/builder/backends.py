@@ -176,7 +176,7 @@ def _stateful(
         captures=captures,
         positions=plan.step.sources.get("position_ids") if plan.step.position_axes else None,
         path=folder / PROGRAM_FILE,
-        precision=precisions.language_model,
+        precisions=precisions,
     )
 
 

@@ -73,8 +73,8 @@ def build_bundle(
         backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
         output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
         precision: "fp32", "int8" or (on "cpu" and "xnnpack") "int4", and on "cuda" "fp16": of the language model's
-            weights, with its token embedding and its head. Encoders of pictures and sound stay at fp32, unless on "cpu"
-            and "cuda" they are named:
+            weights, with its token embedding and its head. Encoders of pictures and sound, with their projectors, stay
+            at fp32 unless they are named:
             `{"language_model": "int4", "encoder": "int8"}` (`image_encoder`, `audio_encoder`, `video_encoder` for one).
         quality_floor: of a lossy precision, the least share of new tokens on held-out inputs whose first choice has to
             be eager's, 0 for any; by default what `genbundle.builder.precision.FLOORS` says, which also bounds the

@@ -1,6 +1,6 @@
 """Weights of 8 bits as torch's own operators read them, for the time that it takes to trace a module."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,29 +8,27 @@ import torch
 
 from genbundle.builder.components import Component
 from genbundle.builder.cut import attribute
-from genbundle.builder.rounding import Rounding, language_model_of, rounded
+from genbundle.builder.rounding import Rounding, rounded_layers
 
 
 @contextmanager
 def packed(component: Component, precision: str) -> Iterator[Rounding]:
-    """While open, linear layers and the token embedding of the component's language model compute with torchao's
+    """While open, the linear layers that the component's program calls, and its token embedding, compute with torchao's
     8-bit integers through aten's operators, so that an archive needs no torchao; afterwards they are as before.
 
     Code that reads a weight itself, instead of calling its layer, would find integers: it fails, and the build says so.
     """
-    modules, vocabulary = language_model_of(component)
-    with rounded(modules, precision, vocabulary=vocabulary, activations=False) as found:
-        if precision == "fp32":
-            yield found
-            return
-        done = [module for module in dict.fromkeys(modules) if hasattr(module._parameters.get("weight"), "qdata")]
-        weights = {module: module._parameters.pop("weight") for module in done}
+    with rounded_layers(component, precision, activations=False) as found:
+        weights = {module: module._parameters.pop("weight") for module in found.less}
         try:
             for module, weight in weights.items():
                 parts: Any = weight
                 module.register_buffer("weight", parts.qdata)
                 module.register_buffer("weight_scale", parts.scale.reshape(-1))
-            with _through(torch.nn.Linear, set(done), _multiply), _through(torch.nn.Embedding, set(done), _look_up):
+            with (
+                _through(torch.nn.Linear, weights.keys(), _multiply),
+                _through(torch.nn.Embedding, weights.keys(), _look_up),
+            ):
                 yield found
         finally:
             for module, weight in weights.items():
@@ -39,7 +37,7 @@ def packed(component: Component, precision: str) -> Iterator[Rounding]:
 
 
 @contextmanager
-def _through(kind: Any, packed_ones: set[torch.nn.Module], function: Any) -> Iterator[None]:
+def _through(kind: Any, packed_ones: Collection[torch.nn.Module], function: Any) -> Iterator[None]:
     """While open, the forward of `kind` is `function` for those modules; kinds derived from it call it as theirs."""
     original = kind.forward
 

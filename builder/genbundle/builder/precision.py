@@ -81,8 +81,6 @@ def parse_precision(given: str | Mapping[str, str], backend: str) -> Precisions:
             raise BuildError(
                 f"precision {name!r} isn't available on {backend!r}: it can {', '.join(PRECISIONS[backend])}"
             )
-        if backend in ("xnnpack", "torch") and part != LANGUAGE_MODEL and name != "fp32":
-            raise BuildError(f"precision {name!r} of {part!r}: on {backend!r} encoders are fp32, and nothing else")
     return Precisions(language_model=named.pop(LANGUAGE_MODEL, "fp32"), encoders=named)
 
 

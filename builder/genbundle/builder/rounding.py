@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from genbundle.builder.components import Component
-from genbundle.builder.precision import BITS, LANGUAGE_MODEL, part_of
+from genbundle.builder.precision import BITS, LANGUAGE_MODEL, only_encodes, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 _GROUP = 32  # weights that share a scale at 4 bits; at 8 bits each row has one
@@ -16,11 +18,11 @@ _GROUP = 32  # weights that share a scale at 4 bits; at 8 bits each row has one
 
 @dataclass(kw_only=True)
 class Rounding:
-    """What is rounded: `kept`, weights that stay, by layer and shape with their bytes; `less`, the bytes that are
-    saved; `rows`, the tokens that a rounded embedding knows."""
+    """What is rounded: `less`, the layers, each with the bytes that it saves; `kept`, weights that stay, by layer and
+    shape with their bytes; `rows`, the tokens that a rounded embedding knows."""
 
+    less: dict[torch.nn.Module, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
-    less: int = 0
     rows: int | None = None
 
 
@@ -63,7 +65,7 @@ def rounded(
             quantize_(module, dynamic if linear and activations else table, lambda item, _, own=module: item is own)
             # A tied weight becomes two.
             scales = 4 * (weight.shape[0] if bits == 8 else weight.numel() // _GROUP)
-            found.less += (0 if id(weight) in seen else weight.nbytes) - weight.numel() * bits // 8 - scales
+            found.less[module] = (0 if id(weight) in seen else weight.nbytes) - weight.numel() * bits // 8 - scales
             seen.add(id(weight))
             found.rows = vocabulary if tokens else found.rows
         yield found
@@ -72,21 +74,51 @@ def rounded(
             module.weight = weight
 
 
-def language_model_of(component: Component) -> tuple[list[torch.nn.Module], int | None]:
-    """The modules whose weights a component's program rounds, and the tokens that its model knows.
+@contextmanager
+def rounded_layers(component: Component, precision: str, *, activations: bool) -> Iterator[Rounding]:
+    """`rounded` for the layers that a component's program calls, at the precision of the component's part."""
+    if precision == "fp32":
+        yield Rounding()
+        return
+    layers, vocabulary = layers_of(component)
+    with rounded(layers, precision, vocabulary=vocabulary, activations=activations) as found:
+        yield found
 
-    None of an encoder, and only the decoder, its head and its table where an encoder is in the same program.
+
+def layers_of(component: Component) -> tuple[list[torch.nn.Module], int | None]:
+    """The layers that a component's program calls whose weights its part's precision is for, and the tokens that its
+    model knows; None where they aren't known, or no table of the part holds tokens.
+
+    Only the decoder, its head and its table where an encoder is in the same program.
     """
-    modules = list(component.module.modules())
-    model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    layers = called_layers(component)
+    model = next((module for module in component.module.modules() if isinstance(module, PreTrainedModel)), None)
     if part_of(component) != LANGUAGE_MODEL or model is None:
-        return [], None
+        return layers, None
     try:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # which of its tables is meant isn't known (PP-FormulaNet)
         table = head = None
     rows = len(table.weight) if isinstance(table, torch.nn.Embedding) else None
-    if "encoder" not in component.roles:
-        return modules, rows
-    own = [model.get_decoder(), head, table]
-    return [item for module in own if isinstance(module, torch.nn.Module) for item in module.modules()], rows
+    if "encoder" not in component.roles or only_encodes(component.roles):
+        return layers, rows
+    parts = [part for part in (model.get_decoder(), head, table) if isinstance(part, torch.nn.Module)]
+    own = {module for part in parts for module in part.modules()}
+    return [layer for layer in layers if layer in own], rows
+
+
+def called_layers(component: Component) -> list[torch.nn.Module]:
+    """The modules with a weight that the component's sample goes through: its module may hold the whole model."""
+    found: dict[torch.nn.Module, None] = {}
+
+    def note(module: torch.nn.Module, _: Any) -> None:
+        if module._parameters.get("weight") is not None:
+            found[module] = None
+
+    watching = register_module_forward_pre_hook(note)
+    try:
+        with torch.no_grad():
+            component.module(**component.sample)
+    finally:
+        watching.remove()
+    return list(found)

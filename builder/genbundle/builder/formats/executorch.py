@@ -6,6 +6,7 @@ express runs in them unchanged: `forward` (TextLLMRunner); `vision_encoder` or `
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel
 from genbundle.builder.formats import Exported, knowing
 from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
-from genbundle.builder.precision import BITS, kept_note, only_encodes
-from genbundle.builder.rounding import Rounding, rounded
+from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, kept_note, only_encodes, part_of
+from genbundle.builder.rounding import Rounding, rounded, rounded_layers
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder, decoder_of, head_of
 from genbundle.builder.stateful_encoder import MediaEncoder, media_component, with_sounds
 from genbundle.builder.stateful_merge import (
@@ -61,7 +62,7 @@ def export_executorch(
     captures: Sequence[Capture] = (),
     positions: Source | None = None,
     path: Path,
-    precision: str = "fp32",
+    precisions: Precisions | None = None,
 ) -> Exported:
     """Write `model` as one .pte to `path` and say what is in it.
 
@@ -72,9 +73,10 @@ def export_executorch(
         captures: generations of the model, with pictures or sounds for a model that takes them beside text.
         positions: the source of explicit position ids (M-RoPE), where the model's decoder takes them.
         path: the file to write.
-        precision: of the language model, its token embedding and its head.
+        precisions: float32 by default.
 
     Raises:
+        BuildError: a precision for a part that the model doesn't have.
         UnsupportedModelError: the model's state, attention or merge can't be expressed; names component and cause.
         MissingExtraError: ExecuTorch isn't installed.
     """
@@ -84,24 +86,42 @@ def export_executorch(
             exported, methods = _with_media(model, max_length, captures, positions)
         else:
             exported, methods = _text(model, max_length)
-        table = cast(torch.nn.Embedding, model.get_input_embeddings())
-        language_model = [*decoder_of(model).modules(), head_of(model), table]
-        rows = len(table.weight)
-        with rounded(language_model, precision, vocabulary=rows, activations=True) as found:
+        encoder = next(
+            (item.module.component for item in methods.values() if isinstance(item.module, MediaEncoder)), None
+        )
+        precisions = precisions or Precisions()
+        precisions.expect_parts([LANGUAGE_MODEL] if encoder is None else [LANGUAGE_MODEL, part_of(encoder)])
+        with ExitStack() as stack:
+            found = {LANGUAGE_MODEL: stack.enter_context(_rounded_language_model(model, precisions.language_model))}
+            if encoder is not None:
+                part = part_of(encoder)
+                layers = rounded_layers(encoder, precisions.of_part(part), activations=True)
+                found[part] = stack.enter_context(layers)
             planned = lower(methods, runner_constants(max_length, eos_token_ids), path)
     programs = tuple(replace(item, memory=planned.get(item.method or "") or None) for item in exported.programs)
-    exported = replace(exported, programs=programs, notes=_notes(model, precision))
-    if precision == "fp32":
+    exported = replace(exported, programs=programs, notes=_notes(model, precisions.language_model))
+    if not precisions.lossy:
         return exported
+    kept = {name: size for rounding in found.values() for name, size in rounding.kept.items()}
+    parts = [
+        part_of(encoder) if encoder is not None and only_encodes(item.roles) else LANGUAGE_MODEL for item in programs
+    ]
     return replace(
         exported,
         programs=tuple(
-            program if only_encodes(program.roles) else at_precision(program, precision, found)
-            for program in exported.programs
+            at_precision(program, precisions.of_part(part), found[part])
+            for program, part in zip(programs, parts, strict=True)
         ),
-        weight_bytes=unique_bytes(model) - found.less,
-        notes=(*exported.notes, *kept_note(found.kept)),
+        weight_bytes=unique_bytes(model) - sum(sum(rounding.less.values()) for rounding in found.values()),
+        notes=(*exported.notes, *kept_note(kept)),
     )
+
+
+def _rounded_language_model(model: PreTrainedModel, precision: str) -> AbstractContextManager[Rounding]:
+    """The decoder's, the head's and the token embedding's weights rounded while open."""
+    table = cast(torch.nn.Embedding, model.get_input_embeddings())
+    layers = [*decoder_of(model).modules(), head_of(model), table]
+    return rounded(layers, precision, vocabulary=len(table.weight), activations=True)
 
 
 def at_precision(program: Program, precision: str, found: Rounding) -> Program:

@@ -22,8 +22,9 @@ from genbundle.builder.formats.torch_export import describe_program
 from genbundle.builder.noise import quiet
 from genbundle.builder.passes.equal_ranks import give_equal_ranks
 from genbundle.builder.passes.written_inputs import copy_written_inputs
-from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, kept_note, part_of
-from genbundle.builder.rounding import Rounding, language_model_of, rounded
+from genbundle.builder.precision import Precisions, kept_note, part_of
+from genbundle.builder.rounding import Rounding, rounded_layers
+from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import State
 
@@ -53,12 +54,13 @@ def export_explicit(
     rows = [one_sequence(component) for component in components]
     most = largest_sizes(rows, capacity)
     notes: list[str] = []
-    precision = (precisions or Precisions()).language_model
+    precisions = precisions or Precisions()
+    precisions.expect_parts(map(part_of, rows))
     found: dict[str, Rounding] = {}
 
     def export(component: Component) -> Any:
-        modules, rows = language_model_of(component)
-        with rounded(modules, precision, vocabulary=rows, activations=True) as found[component.name]:
+        precision = precisions.of_part(part_of(component))
+        with rounded_layers(component, precision, activations=True) as found[component.name]:
             return _export(component, capacity, most)
 
     lowered = list(lower_each(rows, export, progress, notes))
@@ -67,17 +69,23 @@ def export_explicit(
     with quiet():
         lowered = _lower(lowered, lower, notes)
     states: dict[str, State] = {}
-    programs, kept = [], {}
+    programs, kept, less = [], {}, {}
     for component, exported in lowered:
         entry = describe_program(component, states, exported, file=path.name, method=component.name)
         order = {name: place for place, name in enumerate(exported.graph_signature.user_inputs)}
         inputs = sorted(entry.inputs, key=lambda item: order.get(item.name, len(order)))
         entry = replace(entry, inputs=tuple(inputs))
-        rounding = found[component.name]
-        programs.append(at_precision(entry, precision, rounding) if part_of(component) == LANGUAGE_MODEL else entry)
-        kept |= rounding.kept
+        programs.append(at_precision(entry, precisions.of_part(part_of(component)), found[component.name]))
+        kept |= found[component.name].kept
+        less |= found[component.name].less
     notes.extend(kept_note(kept))
-    return Exported(programs=tuple(programs), state=tuple(states.values()), notes=tuple(notes))
+    size = unique_bytes(torch.nn.ModuleList(component.module for component, _ in lowered)) - sum(less.values())
+    return Exported(
+        programs=tuple(programs),
+        state=tuple(states.values()),
+        weight_bytes=size if precisions.lossy else None,
+        notes=tuple(notes),
+    )
 
 
 def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, int]:

@@ -254,7 +254,7 @@ def _export(name: str, method: Any) -> torch.export.ExportedProgram:
             program = torch.export.export(
                 method.module.eval(), method.args, dynamic_shapes=method.dynamic_shapes, strict=False
             )
-            return constant_prop_pass(program) if method.fold_constants else program
+            return _folded(program) if method.fold_constants else program
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -262,6 +262,12 @@ def _export(name: str, method: Any) -> torch.export.ExportedProgram:
             f"torch.export can't trace the method {name!r} of {type(method.module).__name__}: {_first_line(error)}: "
             "build for another backend, for instance cpu"
         ) from error
+
+
+def _folded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """`program` with what doesn't depend on its inputs computed, but for rounded weights, which would be float32."""
+    parts: Any = torch.ops.export.access_subclass_inner_tensor.default
+    return constant_prop_pass(program, custom_skip_targets={parts})
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from genbundle.builder.guards import largest
 from genbundle.builder.packed_weights import packed
 from genbundle.builder.passes.ceilings import divide_upwards
 from genbundle.builder.passes.grouped_products import use_own_grouped_product
+from genbundle.builder.passes.unused_weights import drop_unused_weights
 from genbundle.builder.precision import Precisions, kept_note, part_of
 from genbundle.builder.weights import WEIGHTS_NAME, WeightPool
 from genbundle.bundles.manifest import Output, Program, State
@@ -30,10 +31,12 @@ def export_torch(components: Iterable[Component], folder: Path, progress: Progre
     """Write one .pt2 per component below `folder`, which weight it reads where, and the weights, each once."""
     pool, programs, states, reads = WeightPool(), [], {}, {}
     notes: list[str] = []
-    precision, kept = precisions.language_model, {}
+    kept: dict[str, int] = {}
+    components = list(components)
+    precisions.expect_parts(map(part_of, components))
 
     def lower(component: Component) -> Any:
-        with packed(component, precision) as found:
+        with packed(component, precisions.of_part(part_of(component))) as found:
             exported = _lower(component)
         kept.update(found.kept)
         return exported
@@ -68,6 +71,7 @@ def _lower(component: Component) -> Any:
     divide_upwards(exported.graph)
     use_own_grouped_product(exported.graph)
     relax_lower_bounds(exported)
+    drop_unused_weights(exported)
     return exported
 
 

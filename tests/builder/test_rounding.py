@@ -1,0 +1,66 @@
+"""Which layers of a program are rounded, and that folding constants leaves their weights rounded."""
+
+from typing import Any
+
+import pytest
+import torch
+from executorch.runtime import Runtime
+
+from genbundle.builder.components import Component
+from genbundle.builder.formats.executorch import Method, lower
+from genbundle.builder.rounding import called_layers, rounded
+from genbundle.bundles.manifest import Source
+
+
+class Tower(torch.nn.Module):
+    """A linear layer over patches with their places, beside a layer that isn't called."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.linear, self.places = torch.nn.Linear(width, 512), torch.nn.Embedding(4, width)
+        self.elsewhere = torch.nn.Linear(width, 512)
+
+    def forward(self, patches):
+        return {"features": self.linear(patches + self.places(torch.arange(4)))}
+
+
+class Features(torch.nn.Module):
+    """The same with a tensor for an output, as methods have it."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, patches):
+        return self.tower(patches)["features"]
+
+
+def test_layers_that_a_program_calls():
+    tower = Tower()
+    sample = {"patches": torch.randn(1, 4, 32)}
+    component = Component(
+        name="image_encoder",
+        roles=("encoder",),
+        module=tower,
+        sample=sample,
+        axes={},
+        sources={"patches": Source(kind="user", name="pixel_values")},
+        modality="image",
+    )
+    assert called_layers(component) == [tower.places, tower.linear]
+
+
+@pytest.mark.parametrize(("precision", "bits", "tolerance"), [("int8", 8, 0.01), ("int4", 4, 0.15)])
+def test_folding_constants_leaves_weights_rounded(precision, bits, tolerance, tmp_path):
+    """Folded too, they'd be float32, and operators that round their inputs would have no kernel."""
+    torch.manual_seed(0)
+    tower, patches = Tower(width=256).eval(), torch.randn(1, 4, 256)
+    with torch.no_grad():
+        expected = tower(patches)["features"]
+        method = Method(module=Features(tower), args=(patches,), fold_constants=True)
+        with rounded([tower.linear], precision, vocabulary=None, activations=True):
+            lower({"forward": method}, {}, tmp_path / "model.pte")
+    assert (tmp_path / "model.pte").stat().st_size < 256 * 512 * bits / 8 + 40_000
+    runtime: Any = Runtime.get()
+    (found,) = runtime.load_program(tmp_path / "model.pte").load_method("forward").execute([patches])
+    assert 0 < (found - expected).norm() / expected.norm() < tolerance
