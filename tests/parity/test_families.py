@@ -34,6 +34,7 @@ CASES = [
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),
     ("RwkvForCausalLM", "torch"),  # one sequence alone
+    ("MoshiForCausalLM", "torch"),  # a window that its cache has and its mask hasn't
     ("MptForCausalLM", "cpu"),
     ("xLSTMForCausalLM", "torch"),
     ("MarianMTModel", "cpu"),

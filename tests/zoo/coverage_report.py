@@ -9,7 +9,6 @@ from typing import Any
 
 # What stands against a class in the library itself, as found by running the model alone. No issues are known of them.
 UPSTREAM = {
-    "MoshiForCausalLM": "its cache drops what is beyond the window, its mask doesn't.",
     "MuseSparkForConditionalGeneration": "the exporters' preparer reads the patch grid transposed.",
     "NemotronHForCausalLM": "a step doesn't clamp the time step as the prompt's scan does.",
     "VibeVoiceAsrForConditionalGeneration": "what it makes of a sound is drawn at random.",

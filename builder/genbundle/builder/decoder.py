@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.attention import attention, group_query_attention, make_cache
 from genbundle.builder.layers import Layer, open_layers, present
+from genbundle.builder.windows import seen_from
 
 
 class Decoder(torch.nn.Module):
@@ -20,7 +22,8 @@ class Decoder(torch.nn.Module):
     then the mask's length without the new ones. With `begins`, the program is for prompts alone and takes no past.
 
     Past inputs are named `past_<layer>_<what>` (`key` and `value`, `[batch, heads, length, width]`, or a state of fixed
-    size), outputs `present_...`. `constants` are forward arguments that every capture passed alike.
+    size), outputs `present_...`. `constants` are forward arguments that every capture passed alike. `window`: as
+    `windows.cut_window` tells.
     """
 
     def __init__(
@@ -33,10 +36,11 @@ class Decoder(torch.nn.Module):
         begins: bool = False,
         cache_argument: str = "past_key_values",
         constants: Mapping[str, Any] | None = None,
+        window: int | None = None,
     ):
         super().__init__()
         self.model, self.layers, self.fused, self.begins = model, tuple(layers), fused, begins
-        self.in_place = in_place
+        self.in_place, self.window = in_place, window
         self.config, self.cache_argument = model.config, cache_argument
         self.constants = dict(constants or {})
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -50,7 +54,8 @@ class Decoder(torch.nn.Module):
         past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins, past=before)
         cache = make_cache(past)
         attend = group_query_attention(lambda: cache) if self.fused else None
-        with attention(language_model_of(self.model), attend):
+        windowed = seen_from(self.model, self.window) if self.window is not None else nullcontext()
+        with attention(language_model_of(self.model), attend), windowed:
             logits = self.call(inputs, cache)
         return {"logits": logits[:, -1:], **present(past)}
 

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from genbundle.builder.exporting import MODEL_ERRORS, decompose
 from genbundle.builder.layers import Layer, describe_layers
+from genbundle.builder.windows import cut_window
 from genbundle.bundles import UnsupportedModelError
 from genbundle.bundles.manifest import Source
 from genbundle.runtime.positions import POSITION_RULES, position_ids
@@ -61,6 +62,7 @@ class Call:
 class Plan:
     """How the runtime calls the decoder for a step and for a prompt of text alone (None with encoders), what its layers
     carry, and the forward argument that takes it. single: the model's code takes one new token after a past, no more.
+    window: `windows.cut_window`.
     """
 
     step: Call
@@ -68,6 +70,7 @@ class Plan:
     layers: tuple[Layer, ...]
     cache_argument: str = "past_key_values"
     single: bool = False
+    window: int | None = None
 
     @property
     def continues(self) -> bool:
@@ -124,13 +127,15 @@ def make_plan(model: PreTrainedModel, captures: list[Capture]) -> Plan:
             raise UnsupportedModelError(f"{name}: a step is given {given.shape[1]} tokens, not the new one alone")
     step_kwargs = captures[0].step
     cache_argument = next((key for key, value in step_kwargs.items() if isinstance(value, Cache)), "past_key_values")
-    layers = describe_layers(step_kwargs.get(cache_argument), name)
+    cache: Any = step_kwargs.get(cache_argument)
+    layers = describe_layers(cache, name)
     text = not inner and not any(item.prompt.get("mm_encoder_outputs") for item in captures)
     step = _explain(model, captures, "step")
     prompt = _explain(model, captures, "prompt") if text else None
     if prompt is not None and prompt.media:
         step = replace(step, unmasked=_unmasked(captures, cache_argument, name))
-    return Plan(step=step, prompt=prompt, layers=layers, cache_argument=cache_argument)
+    window = cut_window(model, cache.layers) if prompt is not None else None
+    return Plan(step=step, prompt=prompt, layers=layers, cache_argument=cache_argument, window=window)
 
 
 def _explain(model: PreTrainedModel, captures: list[Capture], phase: Phase) -> Call:

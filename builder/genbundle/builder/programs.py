@@ -43,7 +43,8 @@ def text_components(
     if plan.one_program:
         decode = step_component(model, plan, captures, fuse=fuse and can_fuse_prompt(model, plan, captures))
         flow = Flow(prompt=(Route(programs=("decode",)),), step=("decode",), continues=True, capacity=capacity)
-        return [decode], replace(flow, chunk=_CHUNK)
+        # In pieces, a prompt's later ones would see the window alone.
+        return [decode], replace(flow, chunk=_CHUNK if plan.window is None else None)
     decode = step_component(model, plan, captures, fuse=fuse)
     # Token by token is right for any prompt, and slow: for those that the prompt's program can't take.
     routes = (*(Route(programs=(name,)) for name in PROMPTS), Route(programs=("decode",), one_by_one=True))
@@ -62,6 +63,7 @@ def step_component(model: PreTrainedModel, plan: Plan, captures: list[Capture], 
         in_place=in_place,
         cache_argument=plan.cache_argument,
         constants=plan.step.constants,
+        window=plan.window,
     ).eval()
     sample, axes = text_sample(plan.step, new=NEW if plan.continues else 1, past=PAST)
     past = ROOM if in_place else PAST + plan.step.unmasked
