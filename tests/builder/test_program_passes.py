@@ -69,7 +69,17 @@ class Unturned(torch.nn.Module):
         return {"y": kept, "turned": turned.view(x.shape[0], 15, 0)}
 
 
-@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm(), Mean(), Squeezed(), Unturned()])
+class Chosen(torch.nn.Module):
+    """Rows that their values choose, seen as pairs: how many isn't known before it runs."""
+
+    config = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = x.flatten(0, 2)
+        return {"y": rows[rows.sum(-1) > 0].view(-1, 2, 2)}
+
+
+@pytest.mark.parametrize("module", [Cutoff(), Rotary(), Norm(), Mean(), Squeezed(), Unturned(), Chosen()])
 def test_the_program_computes_what_the_module_does(module, tmp_path):
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     x[0, 1] = 0  # a padding token's embedding
