@@ -11,6 +11,7 @@ from tests.zoo import models
 
 from genbundle.builder import build_bundle
 from genbundle.builder.components import Component
+from genbundle.builder.exporting import to_exported_program
 from genbundle.builder.formats.executorch_explicit import export_explicit, largest_sizes, one_sequence
 from genbundle.builder.verify import verify_staged
 from genbundle.bundles import Bundle, VerificationError
@@ -152,6 +153,34 @@ def test_sequences_of_any_number_and_length_are_convolved(tmp_path: Path) -> Non
 
     lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
     assert (tmp_path / "model.pte").stat().st_size
+
+
+class Convolution(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv1d(64, 8, 3)
+
+    def forward(self, sound: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"found": self.convolution(sound)}
+
+
+@pytest.mark.slow
+def test_a_convolution_takes_sequences_of_every_length_that_was_asked_for(tmp_path: Path) -> None:
+    """oneDNN would be taken from 20480 numbers on, by one thread, which bounded the length below that."""
+    module, threads = Convolution(), torch.get_num_threads()
+    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, Runtime, lower_programs
+
+    try:
+        torch.set_num_threads(1)
+        sample, axes = {"sound": torch.zeros(1, 64, 50)}, {"sound": {2: "length"}}
+        program = to_exported_program(module, sample, axes, None, {"length": 4096})
+        lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
+    finally:
+        torch.set_num_threads(threads)
+    sound = torch.randn(1, 64, 2000, generator=torch.Generator().manual_seed(0))
+    (found,) = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward").execute([sound])
+    with torch.no_grad():
+        torch.testing.assert_close(found, module(sound)["found"], rtol=1e-4, atol=1e-4)
 
 
 class Picked(torch.nn.Module):

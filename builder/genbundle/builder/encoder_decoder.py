@@ -252,9 +252,8 @@ def _encoder(model: PreTrainedModel, captures: list[Capture]) -> tuple[Component
         raise UnsupportedModelError("encoder: it is given other inputs from run to run")
     sizes = {tuple(result["encoder_last_hidden_state"].shape[axis] for result in results): axis for axis in (1, 0)}
     known = {key: ("batch", "source")[axis] for key, axis in sizes.items() if len(set(key)) > 1}
-    # Behind a merge pictures are counted apart from sequences, though each captured sequence has one.
-    merged = unexplained and "input_ids" in sources
-    apart = {key for key in sources if merged and samples[0][key].is_floating_point()}
+    # Beside text pictures are counted apart from sequences, though each captured sequence has one.
+    apart = {key for key in sources if "input_ids" in sources and samples[0][key].is_floating_point()}
     axes = {
         **name_axes([{k: v for k, v in sample.items() if k not in apart} for sample in samples], known),
         **name_axes([{k: v for k, v in sample.items() if k in apart} for sample in samples]),

@@ -8,7 +8,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -151,7 +151,7 @@ def _dynamic(
     its work and is checked strictly. Code that branches on sizes may leave a condition that always holds and that the
     solver can't prove: then every axis has a symbol of its own, and whether it stayed dynamic is for the caller to see.
     """
-    with quiet(), _without_checks(), _without_moves(), open_sizes(module):
+    with quiet(), _without_checks(), _without_moves(), without_size_of_kernels(), open_sizes(module):
         try:
             return _tried(sample, axes, export, most)
         except HoldsFrom:
@@ -178,6 +178,12 @@ def _tried(
         if not any("Constraints violated" in text or "inconsistent min" in text for text in causes):
             raise
     return export(_shapes(sample, axes, frozenset(), most))
+
+
+def without_size_of_kernels() -> AbstractContextManager[Any]:
+    """Without oneDNN: a traced convolution asks which kernel PyTorch would take, for which oneDNN goes by how many
+    numbers the input has, and the answer for the sample's would bound its sizes."""
+    return torch.backends.mkldnn.flags(enabled=False)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from executorch.kernels import quantized  # noqa: F401  registers the kernels of
 from executorch.runtime import Runtime
 from torch._subclasses.fake_impls import op_implementations_dict
 
+from genbundle.builder.exporting import without_size_of_kernels
 from genbundle.builder.passes.complex_pairs import pair_complex_numbers
 from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
@@ -187,7 +188,7 @@ def lower_programs(
     for program in programs.values():
         multiply_by_computed_weights(program)
     try:
-        with _uncopied(programs.values()), _places_in_rows():
+        with _uncopied(programs.values()), _places_in_rows(), without_size_of_kernels():
             # `to_edge_transform_and_lower` would trace every program once or twice more, to ask what to keep whole.
             chosen = partitioner(configs)
             kept = [set(chosen.whole(program)) for program in programs.values()]
