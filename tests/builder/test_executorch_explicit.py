@@ -89,6 +89,14 @@ def test_every_axis_has_a_largest_size() -> None:
     grid = replace(frames, sample={"x": torch.zeros(1, 6, 3)}, axes={"x": {1: "x_1", 2: "x_2"}})
     assert largest_sizes([grid], CAPACITY) == {"x_1": 12, "x_2": 6}
     assert largest_sizes([grid], 100) == {"x_1": 12, "x_2": 10}
+    # What a decoder is traced with says nothing of how long its encoder's output is.
+    sound = torch.zeros(1, 64, 50)
+    encoder = replace(
+        frames, module=Convolution(), sample={"sound": sound}, axes={"sound": {2: "frames"}, "found": {2: "source"}}
+    )
+    decoder = replace(frames, sample={"found": torch.zeros(1, 8, 7)}, axes={"found": {2: "source"}})
+    assert largest_sizes([encoder, decoder], CAPACITY) == {"frames": 200, "source": 192}
+    assert largest_sizes([encoder], CAPACITY)["source"] == CAPACITY
 
 
 @pytest.mark.slow

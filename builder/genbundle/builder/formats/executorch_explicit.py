@@ -6,7 +6,7 @@ its memory. ExecuTorch's own runners don't run such a .pte; this runtime does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,15 +96,30 @@ def largest_sizes(components: Iterable[Component], capacity: int) -> dict[str, i
     """
     sizes: dict[str, int] = {}
     spanning: dict[str, int] = {}
+    components = list(components)
+    taken = {symbol for each in components for name in each.sample for symbol in each.axes.get(name, {}).values()}
     for component in components:
+        tensors = {**_given(component, taken), **component.sample}
         for name, axes in component.axes.items():
             free = [symbol for symbol in axes.values() if symbol.partition("_")[0] not in _LENGTHS]
             for axis, symbol in axes.items():
-                found = component.sample[name].shape[axis] if name in component.sample else 0
+                found = tensors[name].shape[axis] if name in tensors else 0
                 sizes[symbol] = max(sizes.get(symbol, capacity), found * _LONGER if found > capacity // 2 else 0)
                 if len(free) > 1 and symbol in free:
                     spanning[symbol] = max(spanning.get(symbol, math.isqrt(capacity)), found * 2)
     return sizes | spanning
+
+
+def _given(component: Component, taken: Collection[str]) -> Mapping[str, torch.Tensor]:
+    """What a component gives for its sample, where another takes it with an axis that isn't of tokens; else nothing.
+
+    A decoder's own sample says nothing of how long an encoder's output is.
+    """
+    named = {s for name, axes in component.axes.items() if name not in component.sample for s in axes.values()}
+    if not any(symbol in taken and symbol.partition("_")[0] not in _LENGTHS for symbol in named):
+        return {}
+    with torch.no_grad():
+        return component.module(**component.sample)
 
 
 def _export(component: Component, capacity: int, most: Mapping[str, int]) -> Any:
