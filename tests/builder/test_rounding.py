@@ -8,6 +8,7 @@ from executorch.runtime import Runtime
 
 from genbundle.builder.components import Component
 from genbundle.builder.formats.executorch import Method, lower
+from genbundle.builder.packed_weights import from_halves, in_halves
 from genbundle.builder.rounding import called_layers, rounded
 from genbundle.bundles.manifest import Source
 
@@ -64,3 +65,14 @@ def test_folding_constants_leaves_weights_rounded(precision, bits, tolerance, tm
     runtime: Any = Runtime.get()
     (found,) = runtime.load_program(tmp_path / "model.pte").load_method("forward").execute([patches])
     assert 0 < (found - expected).norm() / expected.norm() < tolerance
+
+
+def test_halves_of_bytes():
+    """Every value of 4 bits in every place, and scales that float16 holds."""
+    integers = (torch.arange(48)[:, None] * 5 + torch.arange(64)).remainder(16).to(torch.int8) - 8
+    scales = 2.0 ** torch.randint(-8, 8, (48, 2))
+    halves, kept = in_halves(integers, scales)
+    assert (halves.shape, halves.dtype, kept.shape) == ((2, 16, 48), torch.int8, (2, 1, 48))
+    expected = (integers.reshape(48, 2, 32) * scales[..., None]).flatten(1)
+    assert halves.is_contiguous() and kept.is_contiguous(), "as files hold them"
+    assert torch.equal(from_halves(halves, kept), expected.T)

@@ -72,7 +72,7 @@ def build_bundle(
             or processor when None.
         backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
         output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
-        precision: "fp32", "int8" or (on "cpu" and "xnnpack") "int4", and on "cuda" "fp16": of the language model's
+        precision: "fp32", on "cpu", "xnnpack" and "torch" "int8" or "int4", on "cuda" "fp16": of the language model's
             weights, with its token embedding and its head. Encoders of pictures and sound, with their projectors, stay
             at fp32 unless they are named:
             `{"language_model": "int4", "encoder": "int8"}` (`image_encoder`, `audio_encoder`, `video_encoder` for one).

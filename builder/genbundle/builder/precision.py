@@ -13,7 +13,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("fp32", "int8", "int4"),
     "cuda": ("fp32", "fp16"),
     "xnnpack": ("fp32", "int8", "int4"),
-    "torch": ("fp32", "int8"),
+    "torch": ("fp32", "int8", "int4"),
 }
 LANGUAGE_MODEL, ENCODER = "language_model", "encoder"
 PARTS = (LANGUAGE_MODEL, ENCODER, "image_encoder", "audio_encoder", "video_encoder")
