@@ -1,20 +1,27 @@
-"""The included model's answers about held-out scenes: how many are right, and whether every backend gives eager's.
+"""The included model's answers about held-out scenes: how many are right, whether every backend gives eager's, and
+whether ExecuTorch's own runner gives those of this runtime, token by token.
 
 python -m tests.benchmarks.answers [--scenes 500] [--backends cpu torch xnnpack] [--precision fp32 int8 int4]
 """
 
 import argparse
 import itertools
+import operator
 import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from genbundle.builder import build_bundle
 from genbundle.builder.demo.scenes import draw, held_out_scenes, random_question
 from genbundle.builder.demo.show import MODEL, sample_inputs
 from genbundle.runtime import Model, load_bundle
+from genbundle.runtime.generate import Generation
+from genbundle.runtime.images import preprocess
 from genbundle.runtime.quality import in_words
+from genbundle.runtime.questions import question_parts
 
 Asked = list[tuple[Any, str, str]]  # picture, question, true answer
 
@@ -44,12 +51,46 @@ def eager_answers(asked: Asked) -> list[str]:
     return answers
 
 
-def bundle_answers(model: Model, asked: Asked) -> list[str]:
+def generations(model: Model, asked: Asked) -> list[Generation]:
     """What the bundle gives, from the picture and the question."""
-    answers = []
+    found = []
     for picture, question, _ in asked:
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        answers.append(model.generate([{"role": "user", "content": content}]).text.strip())
+        found.append(model.generate([{"role": "user", "content": content}]))
+    return found
+
+
+def bundle_answers(model: Model, asked: Asked) -> list[str]:
+    """The same as text."""
+    return [answer.text.strip() for answer in generations(model, asked)]
+
+
+def in_tokens(model: Model, answer: Generation) -> list[str]:
+    """The text of each new token by itself, as ExecuTorch's runners give it out."""
+    new = answer.sequences[0, int(answer.timings.prompt_tokens) :]
+    return [model.text.decode([token], skip_special_tokens=False) for token in new.tolist()]
+
+
+def stock_answers(model: Model, asked: Asked) -> list[list[str]]:
+    """What ExecuTorch's MultimodalRunner gives from the bundle's files, token by token."""
+    import executorch.extension.llm.custom_ops.custom_ops  # the operators that an app links
+    import executorch.kernels.quantized  # noqa: F401  those of rounded weights
+    import torch
+    from executorch.extension.llm import runner as library
+
+    folder, images = model.bundle.path, model.bundle.manifest.images
+    runner = library.MultimodalRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"), None)
+    settings = library.GenerationConfig(temperature=0.0, echo=False, max_new_tokens=48)
+    answers = []
+    for picture, question, _ in asked:
+        pixels = torch.from_numpy(np.ascontiguousarray(preprocess([picture], images)[0]))
+        given = [
+            library.make_image_input(pixels) if part is None else library.make_text_input(part)
+            for part in question_parts(model.text, images, question)
+        ]
+        runner.reset()
+        answers.append([])
+        runner.generate(given, settings, answers[-1].append, None)
     return answers
 
 
@@ -67,13 +108,18 @@ def main() -> None:
         for backend, precision in itertools.product(options.backends, options.precision):
             path = Path(folder) / f"{backend}-{precision}.bundle"
             bundle = build_bundle(MODEL, sample_inputs(), backend, precision=precision, output=path, progress=False)
-            found = bundle_answers(load_bundle(path), asked)
+            model = load_bundle(path)
+            answers = generations(model, asked)
+            found = [answer.text.strip() for answer in answers]
             same = sum(one == other for one, other in zip(found, expected, strict=True))
             print(
                 f"{backend} {precision}: {same} of {len(asked)} answers equal eager's; {_right(found, asked)}; "
                 f"{bundle.size} bytes",
                 flush=True,
             )
+            if bundle.manifest.runners:
+                same = sum(map(operator.eq, stock_answers(model, asked), (in_tokens(model, each) for each in answers)))
+                print(f"    {bundle.manifest.runners[0].name}: {same} of {len(asked)} token by token", flush=True)
             if bundle.manifest.verification is not None and bundle.manifest.verification.quality is not None:
                 print(f"    {in_words(bundle.manifest.verification.quality)}", flush=True)
 

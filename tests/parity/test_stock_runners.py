@@ -16,7 +16,6 @@ from genbundle.builder import stock_runners
 from genbundle.builder.stateful import DecoderCall
 from genbundle.bundles.manifest import Runner, Text
 from genbundle.runtime.device import write_device_folder
-from genbundle.runtime.images import preprocess
 from genbundle.runtime.inspection import as_text
 from genbundle.runtime.questions import added_prefix, question_parts, split_ids
 from genbundle.runtime.text import TextProcessor
@@ -74,22 +73,10 @@ def test_text_decoders(name, loaded):
 
 
 def test_the_demo_models_answers(loaded):
-    from executorch.extension.llm.runner import make_image_input, make_text_input
-
-    model = loaded("demo", "xnnpack")
+    model, asked = loaded("demo", "xnnpack"), answers.held_out_questions(12)
     assert model.bundle.manifest.runners == (Runner(name="MultimodalRunner"),)
-    runner, images = open_runner("MultimodalRunner", model.bundle), model.bundle.manifest.images
-    for picture, question, _ in answers.held_out_questions(12):
-        parts = question_parts(model.text, images, question)
-        pixels = torch.from_numpy(np.ascontiguousarray(preprocess([picture], images)[0]))
-        runner.reset()
-        said = []
-        given = [make_image_input(pixels) if part is None else make_text_input(part) for part in parts]
-        runner.generate(given, settings(max_new_tokens=48), said.append, None)
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        found = model.generate([{"role": "user", "content": content}])
-        prompt = int(found.timings.prompt_tokens)
-        assert said == pieces(model, found.sequences[0, prompt:].tolist())
+    expected = [answers.in_tokens(model, found) for found in answers.generations(model, asked)]
+    assert answers.stock_answers(model, asked) == expected
 
 
 def test_sound_beside_text(loaded):
