@@ -7,8 +7,10 @@ so a run that was cut off goes on where it stopped. docs/coverage.jsonl, which t
 """
 
 import argparse
+import functools
 import json
 import re
+import subprocess
 import tempfile
 import time
 import warnings
@@ -87,7 +89,14 @@ def _run(name: str, backend: str, limit_s: float, memory_gb: float) -> dict[str,
     if "error" in answer:
         status = "timeout" if answer.get("timeout") else "error"
         answer = {"status": status, "cause": answer["error"], "build_s": None, "total_s": None}
-    return {"class": name, "kind": shrink.CLASSES[name], "backend": backend, **answer}
+    return {"class": name, "kind": shrink.CLASSES[name], "backend": backend, **answer, "commit": _commit()}
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of the code that runs, with "+" where files differ from it; empty outside of a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _preload(backends: list[str]) -> None:

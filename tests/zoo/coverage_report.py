@@ -33,11 +33,14 @@ def table(results: list[dict[str, Any]], classes: int) -> str:
         "# Coverage",
         "",
         "Written by `python -m tests.zoo.coverage --report docs/coverage.md`: every generative class that transformers "
-        "maps, as a tiny random model. A class is covered where its bundle gives eager's sequences for inputs that it "
-        "wasn't built from: another prompt length, other content, a padded batch where eager takes one and answers its "
-        "rows as alone (RWKV doesn't, and its bundle refuses one); 12 new tokens each. A sweep of all of them takes "
-        "hours and goes on where it stopped, so a row may be older than the newest commit, and a class without a row "
-        f"hasn't been tried on that backend yet. There are {classes} classes.",
+        "maps, as a tiny random model. A class is covered (ok, and the seconds that its build took) where its bundle "
+        "gives eager's sequences, all tokens equal, for inputs that it wasn't built from: another prompt length, other "
+        "content, a padded batch where eager takes one and answers its rows as alone (RWKV doesn't, and its bundle "
+        "refuses one); 12 new tokens each. A sweep of all of them takes hours and goes on where it stopped, so a row "
+        "may be older than the newest commit, and a class without a row hasn't been tried on that backend yet. There "
+        f"are {classes} classes.",
+        "",
+        f"Rows by the commit that they were measured at: {_commits(results)}.",
         "",
         "| backend | covered, of tried | generate eagerly | unsupported | mismatch | error | timeout | not eager |",
         "|---|---|---|---|---|---|---|---|",
@@ -61,12 +64,25 @@ def table(results: list[dict[str, Any]], classes: int) -> str:
         by_class.setdefault(each["class"], {})[each["backend"]] = each
     for name, found in by_class.items():
         statuses = [found[backend]["status"] if backend in found else "" for backend in backends]
+        cells = [_cell(found[backend]) if backend in found else "" for backend in backends]
         kind = next(iter(found.values()))["kind"]
         causes = _causes(found, backends)
         if name in UPSTREAM and any(status not in ("", "ok") for status in statuses):
             causes += f"{'. ' if causes else ''}Upstream: {UPSTREAM[name]}"
-        lines.append(f"| {name} | {kind} | {' | '.join(statuses)} | {causes} |")
+        lines.append(f"| {name} | {kind} | {' | '.join(cells)} | {causes} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(result: dict[str, Any]) -> str:
+    return f"ok, {result['build_s']:.0f} s" if result["status"] == "ok" else result["status"]
+
+
+def _commits(results: list[dict[str, Any]]) -> str:
+    """How many rows each commit gave, the most first; those of runs that didn't record it last."""
+    counts = Counter(each.get("commit", "") for each in results)
+    unknown = counts.pop("", 0)
+    named = [f"{commit} ({count})" for commit, count in counts.most_common()]
+    return ", ".join(named + ([f"not recorded ({unknown})"] if unknown else []))
 
 
 def _causes(found: dict[str, dict[str, Any]], backends: list[str]) -> str:
