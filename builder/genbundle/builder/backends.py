@@ -77,7 +77,7 @@ def _explicit(
 
         exported = export_torch(components, folder, announce, precisions)
     else:
-        exported = export_onnx(components, folder, format_name, announce, precisions)
+        exported = export_onnx(components, folder, format_name, announce, precisions, shared=bool(also))
     return _with_flow(exported, flow, notes)
 
 

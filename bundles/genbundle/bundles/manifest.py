@@ -66,7 +66,8 @@ class Program:
     placeholder_id: the token that stands in a prompt once for each row of the program's first output beside logits and
     state, its features; `images.token_id` for an encoder of pictures that says nothing. least: the fewest tokens,
     padding counted, that it may be called with. largest: the most that symbolic sizes of its inputs may be. memory: the
-    bytes that its engine reserves for it beside the weights; programs that share a method share them.
+    bytes that its engine reserves for it beside the weights; programs that share a method share them. optimized:
+    whether its engine's own optimizations are done already, so that opening it needn't look for any.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Program:
     method: str | None = None
     precision: str = "fp32"
     memory: int | None = field(default=None, metadata=_FROM_1)
+    optimized: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from genbundle.builder.exporting import to_onnx
 from genbundle.builder.formats import Exported, Progress, describe_inputs, lower_each
 from genbundle.builder.formats.onnx_precision import round_programs
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
+from genbundle.builder.passes.engine_optimized import optimize
 from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
@@ -22,11 +23,13 @@ from genbundle.bundles.manifest import Output, Program, State
 
 
 def export_onnx(
-    components: Iterable[Component], folder: Path, provider: str, progress: Progress, precisions: Precisions
-) -> Exported:
+    components: Iterable[Component], folder: Path, provider: str, progress: Progress, precisions: Precisions,
+    *, shared: bool = False,
+) -> Exported:  # fmt: skip
     """Write one .onnx per component below `folder` and the weights they share, each once.
 
-    provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into.
+    provider: "cpu" or "cuda", the execution provider whose operators the graphs are fused into. shared: whether other
+    runtimes shall read the graphs, which then keep the operators that these know.
     """
     models, programs, states = {}, [], {}
     notes: list[str] = []
@@ -38,6 +41,11 @@ def export_onnx(
         _name_axes(model, component)
         program = rounded.describe(_describe(model, component, states))
         _rename(model, component)
+        if provider == "cpu" and not shared:
+            progress(f"optimize {component.name}")
+            _forget_trace(model)
+            model, complete = optimize(model)
+            program = replace(program, optimized=complete)
         models[component.name] = model
         programs.append(program)
     progress("write weights")
@@ -70,17 +78,22 @@ def write_models(models: Mapping[str, ir.Model], folder: Path) -> int:
                 base_dir=folder,
             )
         model.producer_name, model.producer_version = "genbundle", None
-        for node in model.graph.all_nodes():
-            # Trace positions of the exporting machine: no use to a runtime, and they'd change the bytes.
-            node.metadata_props.clear()
-            node.doc_string = None
-            # ONNX Runtime plans its memory by these, finds them again by itself, and the tracer's aren't always right:
-            # two symbols that met in one sample may have become one.
-            for value in node.outputs:
-                if not value.is_graph_output():
-                    value.shape = None
+        _forget_trace(model)
         ir.save(model, folder / f"{name}.onnx")
     return size
+
+
+def _forget_trace(model: ir.Model) -> None:
+    # What the tracer wrote down of the exporting machine: no use to a runtime, and it'd change the bytes.
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        # ONNX Runtime plans its memory by these, finds them again by itself, and the tracer's aren't always right:
+        # two symbols that met in one sample may have become one.
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
 
 
 def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Program:

@@ -61,6 +61,8 @@ class OnnxRuntimeBackend:
             options.inter_op_num_threads = 1
         # What it holds back for later calls is as large as the largest prompt's work, and no step is faster for it.
         options.enable_cpu_mem_arena = False
+        if entry.optimized and self.device == "cpu":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if entry.precision == "fp32":
             # A repacked copy of every weight in memory: steps are as fast with the mapped ones, and prompts nearly.
             # Those in blocks of a few bits would be unpacked to float32 in each call.
