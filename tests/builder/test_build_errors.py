@@ -11,8 +11,7 @@ import torch
 import transformers as hf
 from tests.zoo import models
 
-from genbundle.builder import build as build_module
-from genbundle.builder import build_bundle
+from genbundle.builder import attempts, build_bundle
 from genbundle.builder import verify as verify_module
 from genbundle.builder.loading import borrowed
 from genbundle.bundles import BuildError, EngineError, InputError, UnsupportedModelError
@@ -135,24 +134,39 @@ def test_output_that_exists_is_kept(tmp_path):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "place", "kind"),
-    [("cpu", -1, "a step after the prompt"), ("torch", -12, "the prompt"), ("xnnpack", -1, "a step after the prompt")],
-)
-def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch, backend, place, kind):
+def tamper(monkeypatch, place):
     """Eager's record with one token changed stands for a program that gives another token."""
-    record = build_module.record
+    record = attempts.record
 
     def tampered(*args, **kwargs):
         case = record(*args, **kwargs)
         case.sequences[0, place] = (case.sequences[0, place] + 1) % 190
         return case
 
-    monkeypatch.setattr(build_module, "record", tampered)
+    monkeypatch.setattr(attempts, "record", tampered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "place", "kind"),
+    [("cpu", -1, "a step after the prompt"), ("torch", -12, "the prompt"), ("xnnpack", -1, "a step after the prompt")],
+)
+def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch, backend, place, kind):
+    tamper(monkeypatch, place)
     words = rf"^decode: {kind} gives something else than the model does \(one token: step {12 + place} of sequence 0 "
     with pytest.raises(UnsupportedModelError, match=words + r"gives token \d+, eager gave \d+ .*\)$"):
         build_bundle(tiny_llama(), backend=backend, output=tmp_path / "b", max_length=64, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_rounding_may_change_hides_no_mistake(tmp_path, monkeypatch):
+    """The programs of a lossy bundle are replayed at float32 first, where a floor of 0 excuses nothing."""
+    tamper(monkeypatch, -1)
+    with pytest.raises(UnsupportedModelError, match=r"^decode: a step after the prompt gives something else"):
+        build_bundle(
+            tiny_llama(), precision="int8", quality_floor=0.0, output=tmp_path / "b", max_length=64, progress=False
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +214,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
 
-    monkeypatch.setattr(build_module, "_export", full)
+    monkeypatch.setattr(attempts.Exporting, "_export", full)
     with pytest.raises(BuildError, match=r"can't be written to .*b: no space is left there; nothing was kept"):
         build_bundle(tiny_llama(), output=tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -140,7 +140,7 @@ def test_state_goes_out_where_it_fails_its_check_inside(tmp_path: Path, monkeypa
             raise VerificationError("as given: step 0 of sequence 0: the logits differ")
         return verify_staged(cases, limits, manifest, writer, floor, measure)
 
-    monkeypatch.setattr("genbundle.builder.build.verify_staged", verify)
+    monkeypatch.setattr("genbundle.builder.attempts.verify_staged", verify)
     model, ids = models.make("llama"), models.text_ids(5, seed=1)
     generate: Any = model.generate
     bundle = build_bundle(model, backend="xnnpack", output=tmp_path / "out", max_length=64, progress=False)

@@ -2,49 +2,27 @@
 
 import errno
 import gc
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from genbundle.builder.also import check_also, complete, expect_generation
-from genbundle.builder.backends import EXPORTERS, OTHERWISE
+from genbundle.builder.also import check_also
+from genbundle.builder.attempts import Exporting, Settings, verified
 from genbundle.builder.conditioning import with_rounding
 from genbundle.builder.exporting import first_line
-from genbundle.builder.formats import Exported
-from genbundle.builder.image_text import feature_token
-from genbundle.builder.inner import capture_calls, observed_generation
-from genbundle.builder.limits import Limits, limits_of
-from genbundle.builder.loading import Loaded, borrowed, expect_unchanged, load, settings_of
+from genbundle.builder.limits import limits_of
+from genbundle.builder.loading import borrowed, expect_unchanged, load, settings_of
 from genbundle.builder.precision import Precisions, parse_precision
-from genbundle.builder.processing import describe_generation, describe_images, describe_text
 from genbundle.builder.progress import show_progress
 from genbundle.builder.rows import mixes_rows, one_at_a_time
-from genbundle.builder.samples import Samples, as_inputs, from_processor, make_samples, reaching
-from genbundle.builder.stock_runners import asking, tried_runners
-from genbundle.builder.verify import NEW_TOKENS, new_tokens, record, taken_by, unsupported, verify_staged
-from genbundle.builder.weights import unique_bytes
-from genbundle.bundles import BuildError, Bundle, EngineError, VerificationError
-from genbundle.bundles.manifest import BACKENDS, FORMAT, FORMAT_VERSION, Images, Manifest
-from genbundle.bundles.manifest import Model as ModelFacts
-from genbundle.bundles.writer import check_target, new_bundle
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a build was asked for; the manifest records it."""
-
-    backend: str
-    precision: str | dict[str, str] = "fp32"
-    max_length: int | None = None
-    verify: bool = True
-    quality_floor: float | None = None
-    also: tuple[str, ...] = ()
+from genbundle.builder.samples import as_inputs, from_processor, make_samples
+from genbundle.bundles import BuildError, Bundle
+from genbundle.bundles.manifest import BACKENDS
+from genbundle.bundles.writer import check_target, new_bundle, trial_bundle
 
 
 def build_bundle(
@@ -112,36 +90,23 @@ def build_bundle(
                 samples = make_samples(eager, given, limits)
                 if mixes_rows(eager, samples):
                     samples = one_at_a_time(samples)
-                export = partial(_export, loaded, samples, settings, precisions, limits, writer.path, announce)
-                manifest = export(EXPORTERS[backend])
-                held_out = samples.held_out | reaching(eager, given, samples, manifest, limits)
-                room = None if limits.capacity is None else limits.capacity - NEW_TOKENS
-                held_out |= asking(eager, manifest, writer.path, given, room)
-                cases = [
-                    record(eager, name, inputs, new_tokens(inputs, limits, lossy=precisions.lossy))
-                    for name, inputs in (held_out.items() if settings.verify else ())
-                    if taken_by(manifest, inputs)
-                ]
+                work = Exporting(loaded, samples, given, settings, limits, measure, announce)
+                exact = None
+                if settings.verify and precisions.lossy:
+                    # What rounding is allowed to change would hide a small mistake in the programs.
+                    with trial_bundle(target) as trial:
+                        announce("the same at float32")
+                        exact = verified(work.attempt(trial, Precisions(), None), trial, limits, None, measure)
+                attempt = work.attempt(writer, precisions, exact)
                 expect_unchanged(eager, before)
-                if settings.verify and backend in OTHERWISE and not manifest.state:
-                    announce("verify")
-                    try:
-                        manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
-                    except (VerificationError, EngineError) as error:
-                        manifest = export(partial(OTHERWISE[backend], refusal=unsupported(error, writer.path)))
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
-            del loaded, eager, export
+            del loaded, eager, work
             gc.collect()
-            if settings.verify and manifest.verification is None:
+            if settings.verify:
                 announce("verify")
-                try:
-                    manifest = verify_staged(cases, limits, manifest, writer, floor, measure)
-                except (VerificationError, EngineError) as error:
-                    if floor is not None and isinstance(error, VerificationError):
-                        raise
-                    raise unsupported(error, writer.path) from error
+                attempt = verified(attempt, writer, limits, floor, measure)
             announce("publish")
-            return writer.commit(manifest)
+            return writer.commit(attempt.manifest)
 
 
 @contextmanager
@@ -169,69 +134,3 @@ def _check_settings(
         backend=backend, precision=given, max_length=max_length, verify=verify, quality_floor=quality_floor,
         also=check_also(also, backend),
     )  # fmt: skip
-
-
-def _export(
-    loaded: Loaded, samples: Samples, settings: Settings, precisions: Precisions, limits: Limits, folder: Path,
-    announce: Callable[[str], None], exporter: Callable[..., Exported],
-) -> Manifest:  # fmt: skip
-    """Capture, explain and export; everything of the manifest but the verification."""
-    model = loaded.model
-    generation = describe_generation(model)
-    runners = expect_generation(settings.also, generation, limits)
-    announce("capture")
-    captures = capture_calls(model, samples.capture)
-    generation = observed_generation(generation, captures)
-    announce("explain")
-    other = {"also": settings.also} if settings.also else {}
-    exported = exporter(model, captures, limits.capacity, folder, announce, precisions=precisions, **other)
-    text = images = None
-    if loaded.processor is not None:
-        text = describe_text(loaded.processor, folder)
-        images = describe_images(loaded.processor, model.config)
-    flow = replace(exported.flow, restart=limits.restart)
-    if samples.alone:
-        flow = replace(flow, batch=1, alone=True)
-    token = feature_token(model, captures)
-    if token is not None and images is None:
-        images = Images(input="pixel_values", reason="the bundle was built without the model's processor")
-    if token is not None and images is not None and images.token_id is None:
-        images = replace(images, token_id=token)
-    model.config.to_json_file(folder / "config.json", use_diff=False)
-    manifest = Manifest(
-        format=FORMAT,
-        version=FORMAT_VERSION,
-        backend=settings.backend,  # pyright: ignore[reportArgumentType]
-        precision=precisions.language_model,
-        model=ModelFacts(
-            architecture=type(model).__name__,
-            name=loaded.name,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            weight_bytes=exported.weight_bytes or unique_bytes(model),
-        ),
-        flow=flow,
-        programs=exported.programs,
-        state=exported.state,
-        weights=exported.weights,
-        generation=generation,
-        text=text,
-        images=images,
-        files={},
-        notes=exported.notes,
-        runners=exported.runners,
-        packages=_packages(settings.backend, precisions),
-        settings=asdict(settings),
-    )
-    manifest = replace(manifest, runners=tried_runners(manifest, folder))
-    return complete(settings.also, manifest, runners, folder, model.config)
-
-
-def _packages(backend: str, precisions: Precisions) -> dict[str, str]:
-    names = {"cpu": ("onnxruntime", "onnxscript"), "cuda": ("onnxruntime", "onnxscript"), "xnnpack": ("executorch",)}
-    rounding = ("torchao",) if precisions.lossy and backend in ("xnnpack", "torch") else ()
-    return package_versions("transformers", "torch", *names.get(backend, ()), *rounding)
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """The versions of genbundle and of these packages, without what a build of them adds."""
-    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("genbundle", *names)}

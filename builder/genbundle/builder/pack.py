@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from genbundle.builder.build import package_versions, writing
+from genbundle.builder.attempts import package_versions
+from genbundle.builder.build import writing
 from genbundle.builder.formats.onnx import write_models
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, load, load_processor

@@ -88,12 +88,9 @@ def verify_staged(
             checks, cases = _measured(runtime, cases, floor, measure)
     except (VerificationError, EngineError) as error:
         # A tracer may fix a loop's length without a word: prompts then go through the step's program.
-        simpler = without_optional_programs(manifest, error)
+        simpler = without_optional_programs(manifest, writer, error)
         if simpler is None:
             raise
-        for file in {program.file for program in manifest.programs} - {program.file for program in simpler.programs}:
-            (writer.path / file).unlink()
-            (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
         manifest = simpler
         runtime = load_bundle(writer.stage(manifest), device=device)
         checks, cases = _measured(runtime, cases, floor, measure)
@@ -189,18 +186,23 @@ def unsupported(error: VerificationError | EngineError, folder: Path) -> Unsuppo
     return UnsupportedModelError(f"{names}: {kind} gives something else than the model does ({why}{held})")
 
 
-def without_optional_programs(manifest: Manifest, error: Exception) -> Manifest | None:
-    """The manifest without the prompt programs that another route can do without; None where none can."""
+def without_optional_programs(manifest: Manifest, writer: BundleWriter, error: Exception) -> Manifest | None:
+    """The manifest without the prompt programs that another route can do without, their files gone; None where none
+    can."""
     flow = manifest.flow
     spare = {route.needs for route in flow.prompt if route.one_by_one}
     routes = tuple(route for route in flow.prompt if route.one_by_one or route.needs not in spare)
     if routes == flow.prompt:
         return None
     used = {*flow.step, *(name for route in routes for name in route.programs)}
+    programs = tuple(program for program in manifest.programs if program.name in used)
+    for file in {program.file for program in manifest.programs} - {program.file for program in programs}:
+        (writer.path / file).unlink()
+        (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
     note = f"prompts go through the step's program token by token, since the prompt's own failed its check: {error}"
     return replace(
         manifest,
         flow=replace(flow, prompt=routes),
-        programs=tuple(program for program in manifest.programs if program.name in used),
+        programs=programs,
         notes=(*manifest.notes, first_line(RuntimeError(note))),
     )

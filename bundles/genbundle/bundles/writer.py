@@ -65,6 +65,14 @@ def new_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[Bundl
     target = Path(target).absolute()
     _recover(target)
     check_target(target, overwrite=overwrite)
+    with trial_bundle(target, overwrite=overwrite) as writer:
+        yield writer
+
+
+@contextmanager
+def trial_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[BundleWriter]:
+    """The same without a look at what is there, for a bundle that is made on the way to another and not committed."""
+    target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     path.mkdir()
