@@ -117,9 +117,10 @@ def main() -> None:
                 f"{bundle.size} bytes",
                 flush=True,
             )
-            if bundle.manifest.runners:
+            runner = next((each for each in bundle.manifest.runners if each.name == "MultimodalRunner"), None)
+            if runner is not None and runner.obstacle is None:
                 same = sum(map(operator.eq, stock_answers(model, asked), (in_tokens(model, each) for each in answers)))
-                print(f"    {bundle.manifest.runners[0].name}: {same} of {len(asked)} token by token", flush=True)
+                print(f"    {runner.name}: {same} of {len(asked)} token by token", flush=True)
             if bundle.manifest.verification is not None and bundle.manifest.verification.quality is not None:
                 print(f"    {in_words(bundle.manifest.verification.quality)}", flush=True)
 

@@ -65,6 +65,23 @@ def test_convolutions_are_laid_out_at_opening(tmp_path):
     assert not optimize(model)[1]
 
 
+def test_what_the_engine_refuses_is_left_to_its_replay():
+    x = ir.val("x", dtype=FLOAT, shape=["batch", 640])
+    unknown = ir.node("NoSuchOperator", [x], domain="com.microsoft")
+    model = model_of([x], [last(unknown)], [unknown], [])
+    model.graph.opset_imports["com.microsoft"] = 1
+    assert optimize(model) == (model, False)
+
+
+def test_a_graph_does_not_grow_by_folding():
+    x, sizes = ir.val("x", dtype=FLOAT, shape=["batch", 640]), constant("sizes", np.array([1024, 640]))
+    ones = ir.node("ConstantOfShape", [sizes])
+    ones.outputs[0].name = "ones"
+    sum_ = ir.node("Gemm", [x, ones.outputs[0]], attributes={"transB": 1})
+    model = model_of([x], [last(sum_)], [ones, sum_], [sizes])
+    assert optimize(model) == (model, False)
+
+
 def test_a_bundle_opens_without_graph_work(loaded):
     model = loaded("qwen2", "cpu")
     for entry in model.bundle.manifest.programs:

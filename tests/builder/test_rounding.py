@@ -9,7 +9,7 @@ from executorch.runtime import Runtime
 from genbundle.builder.components import Component
 from genbundle.builder.formats.executorch import Method, lower
 from genbundle.builder.packed_weights import from_halves, in_halves
-from genbundle.builder.rounding import called_layers, rounded
+from genbundle.builder.rounding import called_layers, rounded, saved_bytes
 from genbundle.bundles.manifest import Source
 
 
@@ -76,3 +76,25 @@ def test_halves_of_bytes():
     expected = (integers.reshape(48, 2, 32) * scales[..., None]).flatten(1)
     assert halves.is_contiguous() and kept.is_contiguous(), "as files hold them"
     assert torch.equal(from_halves(halves, kept), expected.T)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e6])
+def test_scales_that_float16_has_no_room_for(size):
+    integers = torch.randint(-8, 8, (4, 64), dtype=torch.int8)
+    scales = torch.rand(4, 2) * size
+    weights = from_halves(*in_halves(integers, scales))
+    expected = integers.float() * scales.repeat_interleave(32, 1)
+    torch.testing.assert_close(weights.T, expected, rtol=1e-6, atol=0)
+
+
+def test_a_weight_that_programs_share_is_saved_once():
+    """An encoder's and a decoder's tables of the same tokens, in programs that are rounded one after another."""
+    table = torch.nn.Embedding(100, 64)
+    other = torch.nn.Embedding(100, 64)
+    other.weight = table.weight
+    found = []
+    for layer in (table, other, table):
+        with rounded([layer], "int8", vocabulary=100, activations=False) as rounding:
+            found.append(rounding)
+    one = 100 * 64 + 4 * 100  # the numbers, and a scale for each row
+    assert saved_bytes(found) == table.weight.nbytes - 2 * one

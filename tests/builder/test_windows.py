@@ -19,8 +19,12 @@ from genbundle.runtime import load_bundle
         (lambda: models.make("llama"), None),
     ],
 )
-def test_a_window_that_only_the_cache_has_is_found(model, window):
+@pytest.mark.parametrize("longer", [False, True])
+def test_a_window_that_only_the_cache_has_is_found(model, window, longer):
+    """However long it is: Moshi's own is of 3000 tokens."""
     made = model()
+    if longer and window is not None:
+        window = made.config.sliding_window = 3000
     with torch.no_grad():
         cache = made(input_ids=torch.arange(20)[None], use_cache=True).past_key_values
     assert cut_window(made, cache.layers) == window

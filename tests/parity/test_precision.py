@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from genbundle.builder import build_bundle
-from genbundle.bundles import BuildError, InputError, VerificationError
+from genbundle.bundles import BuildError, EngineError, InputError, VerificationError
 from genbundle.runtime import load_bundle
 from genbundle.runtime.cli import invoke
 from genbundle.runtime.inspection import as_text
@@ -120,14 +120,19 @@ def test_a_part_that_a_text_model_lacks(backend, tmp_path):
 
 
 def test_half_precision_for_cuda_on_the_cpu_provider(tmp_path):
-    """A text model and a model of pictures in float16: half the bytes, a cache in float16, and nothing of it lost."""
-    for name, asked in (("llama_tied", "fp16"), ("llava", {"language_model": "fp16", "encoder": "fp16"})):
+    """A text model and a model of pictures in 16 bits: half the bytes, a cache in them too, and nothing of it lost."""
+    both = {"language_model": "fp16", "encoder": "fp16"}
+    for name, asked, dtype in (("llama_tied", "bf16", "bfloat16"), ("llava", both, "float16")):
         made = built(name, "cuda", tmp_path / name, precision=asked, quality_floor=None)
         report, facts = made.manifest.verification, made.manifest.model
         assert facts.weight_bytes < 2.1 * facts.parameters
-        assert {state.dtype for state in made.manifest.state} == {"float16"}
+        assert {state.dtype for state in made.manifest.state} == {dtype}
+        assert made.manifest.programs[-1].precision == (asked if asked == "bf16" else "fp16")
         assert report is not None and report.quality is not None and report.quality.agreement > 0.95
         outputs = made.manifest.program("decode").outputs
         assert [item.dtype for item in outputs if item.name == "logits"] == ["float32"]
+    bundle = load_bundle(tmp_path / "llama_tied", device="cpu")
+    with pytest.raises(EngineError, match="the program 'decode' computes in bfloat16, which ONNX Runtime's CPU"):
+        bundle.generate(input_ids=np.array([[5, 6]]), max_new_tokens=2)
     with pytest.raises(BuildError, match=r"'fp16' isn't available on 'cpu': it can fp32, int8, int4"):
         built("llama_tied", "cpu", tmp_path / "c", precision="fp16")

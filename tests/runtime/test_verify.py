@@ -128,4 +128,7 @@ def test_the_programs_that_can_be_at_fault_are_named():
     assert told(picture, replace(text, top_logits=off)) == ("picture", 0, ("image_encoder", "decode"), ())
     later = case().top_logits.copy()
     later[:, 1] += 1
-    assert told(replace(picture, top_logits=later), text) == ("picture", 1, ("decode",), ())
+    assert told(replace(picture, top_logits=later), text) == ("picture", 1, ("image_encoder", "decode"), ())
+    # A case that the bundle refuses is another error's matter.
+    refused = replace(text, name="refused", inputs={**text.inputs, "sound": np.zeros(2, np.float32)})
+    assert told(picture, text, refused) == ("picture", 0, ("image_encoder",), ("decode",))

@@ -36,7 +36,8 @@ def table(results: list[dict[str, Any]], classes: int) -> str:
         "maps, as a tiny random model. A class is covered (ok, and the seconds that its build took) where its bundle "
         "gives eager's sequences, all tokens equal, for inputs that it wasn't built from: another prompt length, other "
         "content, a padded batch where eager takes one and answers its rows as alone (RWKV doesn't, and its bundle "
-        "refuses one); 12 new tokens each. A sweep of all of them takes hours and goes on where it stopped, so a row "
+        "refuses one); 12 new tokens each. What is unsupported is refused at build; a mismatch would be a bundle that "
+        "was built and gives something else. A sweep of all of them takes hours and goes on where it stopped, so a row "
         "may be older than the newest commit, and a class without a row hasn't been tried on that backend yet. There "
         f"are {classes} classes.",
         "",

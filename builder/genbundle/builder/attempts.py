@@ -52,18 +52,20 @@ class Settings:
 class Attempt:
     """Programs in a writer's folder with what they are to be replayed on, and the exporter that made them.
 
-    simpler: whether optional programs were left out since they failed their check.
+    lost: why optional programs were left out, since they failed their check.
     """
 
     manifest: Manifest
     cases: list[GoldenCase]
     exporter: Callable[..., Exported]
-    simpler: bool = False
+    lost: str | None = None
 
     def replayed(self, writer: BundleWriter, limits: Limits, floor: QualityFloor | None, measure: Measure) -> "Attempt":
         """With the report of its verification; VerificationError or EngineError where it fails."""
         manifest = verify_staged(self.cases, limits, self.manifest, writer, floor, measure)
-        return replace(self, manifest=manifest, simpler=manifest.flow.prompt != self.manifest.flow.prompt)
+        said = [note for note in manifest.notes if note not in self.manifest.notes]
+        lost = said[0] if manifest.flow.prompt != self.manifest.flow.prompt else None
+        return replace(self, manifest=manifest, lost=lost)
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,16 @@ class Exporting:
         usual, other = EXPORTERS[self.settings.backend], OTHERWISE.get(self.settings.backend)
         exporter = exact.exporter if exact is not None else usual
         manifest = self._export(exporter, precisions, writer.path)
-        if exact is not None and exact.simpler:
-            failed = VerificationError("at float32 it gives something else than the model does")
-            manifest = without_optional_programs(manifest, writer, failed) or manifest
-        cases = exact.cases if exact is not None else self._record(manifest, writer.path)
-        attempt = Attempt(manifest=manifest, cases=cases, exporter=exporter)
-        if other is None or exporter is not usual or manifest.state or not self.settings.verify:
+        if exact is not None:
+            if exact.lost is not None:
+                manifest = without_optional_programs(manifest, writer, exact.lost) or manifest
+            return Attempt(manifest=manifest, cases=exact.cases, exporter=exporter)
+        attempt = Attempt(manifest=manifest, cases=self._record(manifest, writer.path), exporter=exporter)
+        if other is None or manifest.state or not self.settings.verify:
             return attempt
         self.announce("verify")
-        floor = precisions.floor(self.settings.quality_floor)
         try:
-            return attempt.replayed(writer, self.limits, floor, self.measure)
+            return attempt.replayed(writer, self.limits, None, self.measure)
         except (VerificationError, EngineError) as error:
             exporter = partial(other, refusal=unsupported(error, writer.path))
         return replace(attempt, manifest=self._export(exporter, precisions, writer.path), exporter=exporter)

@@ -50,9 +50,9 @@ def build_bundle(
             or processor when None.
         backend: "cpu" or "cuda" (ONNX Runtime), "xnnpack" (ExecuTorch), "torch" (torch.export).
         output: the bundle's directory; `<model name>-<backend>.bundle` here by default.
-        precision: "fp32", on "cpu", "xnnpack" and "torch" "int8" or "int4", on "cuda" "fp16": of the language model's
-            weights, with its token embedding and its head. Encoders of pictures and sound, with their projectors, stay
-            at fp32 unless they are named:
+        precision: "fp32", on "cpu", "xnnpack" and "torch" "int8" or "int4", on "cuda" "fp16" or "bf16": of the language
+            model's weights, with its token embedding and its head. Encoders of pictures and sound, with their
+            projectors, stay at fp32 unless they are named:
             `{"language_model": "int4", "encoder": "int8"}` (`image_encoder`, `audio_encoder`, `video_encoder` for one).
         quality_floor: of a lossy precision, the least share of new tokens on held-out inputs whose first choice has to
             be eager's, 0 for any; by default what `genbundle.builder.precision.FLOORS` says, which also bounds the
@@ -77,7 +77,7 @@ def build_bundle(
     if output is not None:
         check_target(Path(output).absolute(), overwrite=overwrite)
     given = as_inputs(inputs)
-    with show_progress(progress, stages=8) as announce:
+    with show_progress(progress, stages=16 if precisions.lossy and verify else 8) as announce:
         announce("load the model")
         loaded = load(model, processor)
         measure = partial(with_rounding, model, sum(parameter.numel() for parameter in loaded.model.parameters()))

@@ -42,7 +42,7 @@ _BACKEND = click.option(
     default="fp32",
     show_default=True,
     metavar="NAME",
-    help="Of the language model: fp32, int8 or, on cpu and xnnpack, int4; or of each part: "
+    help="Of the language model: fp32; int8 or int4 on cpu, xnnpack and torch; fp16 or bf16 on cuda; or of each part: "
     "language_model=int4,encoder=int8.",
 )
 @click.option(

@@ -25,7 +25,7 @@ def packed(component: Component, precision: str) -> Iterator[Rounding]:
         small = BITS.get(precision) == 4
         pack = in_halves if small else in_rows
         multiply, look_up = (_multiply_halves, _look_up_halves) if small else (_multiply, _look_up)
-        weights = {module: module._parameters.pop("weight") for module in found.less}
+        weights = {module: module._parameters.pop("weight") for module in found.layers}
         try:
             for module, weight in weights.items():
                 parts: Any = weight
@@ -39,7 +39,8 @@ def packed(component: Component, precision: str) -> Iterator[Rounding]:
                 yield found
         finally:
             for module, weight in weights.items():
-                del module._buffers["weight"], module._buffers["weight_scale"]
+                for name in ("weight", "weight_scale"):
+                    module._buffers.pop(name, None)  # not there where packing failed
                 module._parameters["weight"] = weight
 
 
@@ -76,7 +77,8 @@ def in_rows(integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor,
 
 def in_halves(integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """4-bit weights `[rows, columns]` two in a byte, int8 `[groups, 16, rows]`: the lower half holds a group's first 16
-    columns, the upper its last 16. Their scales are float16 `[groups, 1, rows]`.
+    columns, the upper its last 16. Their scales `[groups, 1, rows]` are float16, or float32 where that has no room for
+    some of them.
 
     No operator of aten reads 4 bits in a layout that doesn't depend on the processor. Rows come last, since scaling
     runs along them.
@@ -84,7 +86,10 @@ def in_halves(integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tenso
     rows, groups = scales.shape
     first, last = integers.T.reshape(groups, 2, -1, rows).unbind(1)
     halves = (first & 15) | (last << 4)
-    return halves.contiguous(), scales.T.reshape(groups, 1, rows).half().contiguous()
+    short = torch.finfo(torch.float16)
+    fits = bool(((scales == 0) | ((scales >= short.tiny) & (scales <= short.max))).all())
+    scales = scales.T.reshape(groups, 1, rows)
+    return halves.contiguous(), (scales.half() if fits else scales).contiguous()
 
 
 def from_halves(halves: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -11,18 +11,19 @@ from genbundle.runtime.inspection import megabytes
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("fp32", "int8", "int4"),
-    "cuda": ("fp32", "fp16"),
+    "cuda": ("fp32", "fp16", "bf16"),
     "xnnpack": ("fp32", "int8", "int4"),
     "torch": ("fp32", "int8", "int4"),
 }
 LANGUAGE_MODEL, ENCODER = "language_model", "encoder"
 PARTS = (LANGUAGE_MODEL, ENCODER, "image_encoder", "audio_encoder", "video_encoder")
 BITS = {"int8": 8, "int4": 4}
-HALF = "fp16"
+HALVES = ("fp16", "bf16")
 # Of all new tokens the least share whose first choice is eager's, and for each input the largest mean KL divergence:
 # what a program that is wrong doesn't reach, and rounding of a model that has learned something does.
 FLOORS = {
-    HALF: QualityFloor(agreement=0.95, kl_divergence=0.01),
+    "fp16": QualityFloor(agreement=0.95, kl_divergence=0.01),
+    "bf16": QualityFloor(agreement=0.9, kl_divergence=0.05),
     "int8": QualityFloor(agreement=0.9, kl_divergence=0.05),
     "int4": QualityFloor(agreement=0.7, kl_divergence=0.5),
 }
@@ -54,7 +55,7 @@ class Precisions:
         if least is not None:
             return QualityFloor(agreement=least)
         used = {self.language_model, *self.encoders.values()}
-        return next(FLOORS[name] for name in ("int4", "int8", HALF) if name in used)
+        return next(FLOORS[name] for name in ("int4", "int8", "bf16", "fp16") if name in used)
 
     def expect_parts(self, parts: Iterable[str]) -> None:
         """BuildError where a precision is given for a part that the model doesn't have."""

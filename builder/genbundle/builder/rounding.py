@@ -18,12 +18,19 @@ _GROUP = 32  # weights that share a scale at 4 bits; at 8 bits each row has one
 
 @dataclass(kw_only=True)
 class Rounding:
-    """What is rounded: `less`, the layers, each with the bytes that it saves; `kept`, weights that stay, by layer and
-    shape with their bytes; `rows`, the tokens that a rounded embedding knows."""
+    """What is rounded: `layers`, each with the weight that it had and the bytes of what it has instead; `kept`, weights
+    that stay, by layer and shape with their bytes; `rows`, the tokens that a rounded embedding knows."""
 
-    less: dict[torch.nn.Module, int] = field(default_factory=dict)
+    layers: dict[torch.nn.Module, tuple[torch.nn.Parameter, int]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     rows: int | None = None
+
+
+def saved_bytes(roundings: Iterable[Rounding]) -> int:
+    """What they save of a model's bytes. A weight that several layers shared is one, and stands once for each now."""
+    layers = {module: entry for rounding in roundings for module, entry in rounding.layers.items()}
+    before = {id(weight): weight.nbytes for weight, _ in layers.values()}
+    return sum(before.values()) - sum(after for _, after in layers.values())
 
 
 @contextmanager
@@ -50,7 +57,6 @@ def rounded(
     table = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
     dynamic = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
     saved: list[tuple[torch.nn.Module, torch.nn.Parameter]] = []
-    seen: set[int] = set()
     try:
         for module in dict.fromkeys(modules):
             weight = module._parameters.get("weight")
@@ -63,10 +69,8 @@ def rounded(
                 continue
             saved.append((module, weight))
             quantize_(module, dynamic if linear and activations else table, lambda item, _, own=module: item is own)
-            # A tied weight becomes two.
             scales = 4 * (weight.shape[0] if bits == 8 else weight.numel() // _GROUP)
-            found.less[module] = (0 if id(weight) in seen else weight.nbytes) - weight.numel() * bits // 8 - scales
-            seen.add(id(weight))
+            found.layers[module] = (weight, weight.numel() * bits // 8 + scales)
             found.rows = vocabulary if tokens else found.rows
         yield found
     finally:

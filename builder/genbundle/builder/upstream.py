@@ -150,7 +150,11 @@ def _expect_whole_branches(stage: str, model: ir.Model) -> None:
     tensors = [
         value.const_value for root in roots for graph in root.subgraphs() for value in graph.initializers.values()
     ]
-    for attribute in (each for root in roots for node in root.all_nodes() for each in node.attributes.values()):
+    attributes = [each for root in roots for node in root.all_nodes() for each in node.attributes.values()]
+    attributes += [each for function in model.functions.values() for each in function.attributes.values()]
+    for attribute in attributes:
+        if attribute.value is None:  # it names one of its function's
+            continue
         if attribute.type == ir.AttributeType.TENSOR:
             tensors.append(attribute.value)
         elif attribute.type == ir.AttributeType.TENSORS:

@@ -1,6 +1,7 @@
 """Record what eager gives for held-out inputs, and replay the finished bundle on them through the runtime."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from genbundle.builder.exporting import MODEL_ERRORS, first_line, quiet
 from genbundle.builder.generation_config import greedy_config
 from genbundle.builder.limits import Limits
 from genbundle.builder.trial import expect_survival
-from genbundle.bundles import EngineError, InputError, UnsupportedModelError, VerificationError
+from genbundle.builder.twins import runnable
+from genbundle.bundles import Bundle, EngineError, InputError, UnsupportedModelError, VerificationError
 from genbundle.bundles.golden import GOLDEN_NAME, GoldenCase, write_golden
 from genbundle.bundles.manifest import Manifest
 from genbundle.bundles.report import Check, QualityFloor, Verification
@@ -78,23 +80,24 @@ def verify_staged(
     floor: what a lossy precision has to reach; None where tokens must be equal. measure: adds to the cases how much the
     model magnifies rounding, which is asked for where logits differ.
     """
-    device = "cpu" if manifest.backend == "cuda" else None
-    try:
-        with quiet():  # an engine logs what it fails at
-            staged = writer.stage(manifest)
-            if manifest.backend == "xnnpack" and manifest.state:  # what ExecuTorch's own runners never run
-                expect_survival(staged.path, cases)
-            runtime = load_bundle(staged, device=device)
+    with ExitStack() as stack:
+        try:
+            with quiet():  # an engine logs what it fails at
+                staged = writer.stage(manifest)
+                if manifest.backend == "xnnpack" and manifest.state:  # what ExecuTorch's own runners never run
+                    expect_survival(staged.path, cases)
+                runtime = _opened(staged, stack)
+                checks, cases = _measured(runtime, cases, floor, measure)
+        except (VerificationError, EngineError) as error:
+            # A tracer may fix a loop's length without a word: prompts then go through the step's program.
+            note = f"prompts go through the step's program token by token, since their own failed its check: {error}"
+            simpler = without_optional_programs(manifest, writer, first_line(RuntimeError(note)))
+            if simpler is None:
+                raise
+            manifest = simpler
+            runtime = _opened(writer.stage(manifest), stack)
             checks, cases = _measured(runtime, cases, floor, measure)
-    except (VerificationError, EngineError) as error:
-        # A tracer may fix a loop's length without a word: prompts then go through the step's program.
-        simpler = without_optional_programs(manifest, writer, error)
-        if simpler is None:
-            raise
-        manifest = simpler
-        runtime = load_bundle(writer.stage(manifest), device=device)
-        checks, cases = _measured(runtime, cases, floor, measure)
-    checks += _in_pieces(runtime, cases, floor)
+        checks += _in_pieces(runtime, cases, floor)
     # Where batches run row after row, single sequences say as much, and pictures in batches fill small bundles.
     single = [case for case in cases if len(case.sequences) == 1] if manifest.flow.batch == 1 else cases
     write_golden(writer.path / GOLDEN_NAME, [case.truncated(GOLDEN_LOGITS) for case in single or cases])
@@ -120,6 +123,12 @@ def verify_staged(
         floor=floor,
     )
     return replace(manifest, verification=report, notes=notes)
+
+
+def _opened(staged: Bundle, stack: ExitStack) -> Model:
+    """The staged bundle, on this machine's CPU; what it needs for that goes with `stack`."""
+    device = "cpu" if staged.manifest.backend == "cuda" else None
+    return load_bundle(stack.enter_context(runnable(staged)), device=device)
 
 
 def _measured(
@@ -186,9 +195,9 @@ def unsupported(error: VerificationError | EngineError, folder: Path) -> Unsuppo
     return UnsupportedModelError(f"{names}: {kind} gives something else than the model does ({why}{held})")
 
 
-def without_optional_programs(manifest: Manifest, writer: BundleWriter, error: Exception) -> Manifest | None:
-    """The manifest without the prompt programs that another route can do without, their files gone; None where none
-    can."""
+def without_optional_programs(manifest: Manifest, writer: BundleWriter, note: str) -> Manifest | None:
+    """The manifest without the prompt programs that another route can do without, their files gone, and with a note;
+    None where none can."""
     flow = manifest.flow
     spare = {route.needs for route in flow.prompt if route.one_by_one}
     routes = tuple(route for route in flow.prompt if route.one_by_one or route.needs not in spare)
@@ -199,10 +208,4 @@ def without_optional_programs(manifest: Manifest, writer: BundleWriter, error: E
     for file in {program.file for program in manifest.programs} - {program.file for program in programs}:
         (writer.path / file).unlink()
         (writer.path / file).with_suffix(".weights.json").unlink(missing_ok=True)
-    note = f"prompts go through the step's program token by token, since the prompt's own failed its check: {error}"
-    return replace(
-        manifest,
-        flow=replace(flow, prompt=routes),
-        programs=programs,
-        notes=(*manifest.notes, first_line(RuntimeError(note))),
-    )
+    return replace(manifest, flow=replace(flow, prompt=routes), programs=programs, notes=(*manifest.notes, note))

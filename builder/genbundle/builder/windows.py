@@ -14,26 +14,30 @@ from genbundle.builder.exporting import MODEL_ERRORS
 from genbundle.builder.layers import whole_windows
 
 _MASK = "create_causal_mask"
-_LONGEST = 1100  # tokens that eager is run on to look
+_PROBED = 8  # the window that eager is looked at with: whether a mask has it doesn't depend on how long it is
 
 
 def cut_window(model: PreTrainedModel, layers: Sequence[Any]) -> int | None:
     """The window of a model whose steps see no more than its cache keeps, though its mask shows them all tokens.
 
     layers: those of a captured cache. Programs keep every token, since the length decides what is cut off, and leave
-    windows to the mask: this one is then `seen_from`'s. None where the model's own mask says all, or where the window
-    is too long to look.
+    windows to the mask: this one is then `seen_from`'s. None where the model's own mask says all.
     """
     windows = {layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in layers}
     window = windows.pop() if len(windows) == 1 else None
-    if window is None or not 1 < window <= _LONGEST or not hasattr(_code(model), _MASK):
+    config = model.config.get_text_config(decoder=True)
+    if window is None or window < 2 or not hasattr(_code(model), _MASK):
         return None
+    if getattr(config, "sliding_window", None) != window:
+        return None
+    probed = min(window, _PROBED)
     try:
-        own, whole = _step(model, window), _step(model, window, whole=True)
-        if torch.allclose(own, whole, rtol=1e-4, atol=1e-5):
-            return None
-        with seen_from(model, window):
-            found = _step(model, window, whole=True)
+        with attribute(config, "sliding_window", probed):
+            own, whole = _step(model, probed), _step(model, probed, whole=True)
+            if torch.allclose(own, whole, rtol=1e-4, atol=1e-5):
+                return None
+            with seen_from(model, probed):
+                found = _step(model, probed, whole=True)
     except MODEL_ERRORS:
         return None
     return window if torch.allclose(own, found, rtol=1e-4, atol=1e-5) else None

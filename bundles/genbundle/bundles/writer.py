@@ -65,19 +65,24 @@ def new_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[Bundl
     target = Path(target).absolute()
     _recover(target)
     check_target(target, overwrite=overwrite)
-    with trial_bundle(target, overwrite=overwrite) as writer:
-        yield writer
+    with _partial(target) as path:
+        yield BundleWriter(path, target, overwrite=overwrite)
 
 
 @contextmanager
-def trial_bundle(target: str | Path, *, overwrite: bool = False) -> Iterator[BundleWriter]:
-    """The same without a look at what is there, for a bundle that is made on the way to another and not committed."""
-    target = Path(target).absolute()
+def trial_bundle(target: str | Path) -> Iterator[BundleWriter]:
+    """The same for a bundle that is made on the way to the one at `target`, and isn't committed."""
+    with _partial(Path(target).absolute()) as path:
+        yield BundleWriter(path, path, overwrite=False)  # where it is, so that nothing can be put in its place
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     path.mkdir()
     try:
-        yield BundleWriter(path, target, overwrite=overwrite)
+        yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Replay recorded generations on a loaded bundle and compare: the build's check, and a device's own proof."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,34 +65,41 @@ def replay(model: Model, case: GoldenCase) -> Check:
 def locate(model: Model, cases: Sequence[GoldenCase], error: VerificationError) -> None:
     """Say in `error`, which replaying one of `cases` raised, which programs can be at fault, in the order of the calls.
 
-    Of a prompt's programs those are left out that another case's prompt goes through and gets eager's logits from, if
-    any remain: of a prompt with pictures an encoder and the merge do, where text alone holds. Nothing is said of an
-    error that isn't about one step of a case.
+    At a step those of the prompt can be too, whose state it takes. Of a prompt's programs those are left out that all
+    prompts of another route go through and get eager's logits from, if any remain: of a prompt with pictures an encoder
+    and the merge do, where text alone holds. Nothing is said of an error that isn't about one step of a case.
     """
     failed = next((case for case in cases if case.name == error.case), None)
     if failed is None or error.step is None:
         return
-    programs = _programs(model, failed, error.step)
-    ways = {way: case for case in cases if error.step == 0 and (way := _programs(model, case, 0)) != programs}
-    held = {name for way, case in ways.items() if _prompt_holds(model, case) for name in way}
+    routes = {case.name: _route(model, case) for case in cases}
+    route = routes[failed.name]
+    programs = tuple(dict.fromkeys((*route, *(model.wiring.manifest.flow.step if error.step else ()))))
+    others: dict[tuple[str, ...], list[GoldenCase]] = {}
+    for case in cases:
+        if error.step == 0 and routes[case.name] not in ((), route):
+            others.setdefault(routes[case.name], []).append(case)
+    held = {name for way, group in others.items() if all(_prompt_holds(model, case) for case in group) for name in way}
     error.programs = tuple(name for name in programs if name not in held) or programs
     error.held = tuple(name for name in programs if name not in error.programs)
 
 
 def _prompt_holds(model: Model, case: GoldenCase) -> bool:
+    """Whether the first new token of a case and its logits are eager's."""
+    first = case.sequences.shape[1] - case.top_ids.shape[1] + 1
     try:
-        replay(model, case)
-    except VerificationError as error:
-        return bool(error.step)
-    except (EngineError, InputError):
+        replay(model, replace(case, sequences=case.sequences[:, :first], options={**case.options, "max_new_tokens": 1}))
+    except (VerificationError, EngineError, InputError):
         return False
     return True
 
 
-def _programs(model: Model, case: GoldenCase, step: int) -> tuple[str, ...]:
-    """The programs that a case's prompt, or a later step of it, goes through."""
-    wiring = model.wiring
-    return wiring.manifest.flow.step if step else wiring.routes.choose(_inputs(model, case)[0]).programs
+def _route(model: Model, case: GoldenCase) -> tuple[str, ...]:
+    """The programs that a case's prompt goes through; none where the bundle refuses it."""
+    try:
+        return model.wiring.routes.choose(_inputs(model, case)[0]).programs
+    except InputError:
+        return ()
 
 
 def measure(model: Model, case: GoldenCase) -> Check:

@@ -18,7 +18,7 @@ from genbundle.builder.formats import Exported, knowing
 from genbundle.builder.noise import quiet
 from genbundle.builder.plan import Capture
 from genbundle.builder.precision import BITS, LANGUAGE_MODEL, Precisions, kept_note, only_encodes, part_of
-from genbundle.builder.rounding import Rounding, rounded, rounded_layers
+from genbundle.builder.rounding import Rounding, rounded, rounded_layers, saved_bytes
 from genbundle.builder.stateful import DecoderCall, StatefulDecoder, decoder_of, head_of
 from genbundle.builder.stateful_encoder import MediaEncoder, media_component, with_sounds
 from genbundle.builder.stateful_merge import (
@@ -112,7 +112,7 @@ def export_executorch(
             at_precision(program, precisions.of_part(part), found[part])
             for program, part in zip(programs, parts, strict=True)
         ),
-        weight_bytes=unique_bytes(model) - sum(sum(rounding.less.values()) for rounding in found.values()),
+        weight_bytes=unique_bytes(model) - saved_bytes(found.values()),
         notes=(*exported.notes, *kept_note(kept)),
     )
 

@@ -23,7 +23,7 @@ from genbundle.builder.noise import quiet
 from genbundle.builder.passes.equal_ranks import give_equal_ranks
 from genbundle.builder.passes.written_inputs import copy_written_inputs
 from genbundle.builder.precision import Precisions, kept_note, part_of
-from genbundle.builder.rounding import Rounding, rounded_layers
+from genbundle.builder.rounding import Rounding, rounded_layers, saved_bytes
 from genbundle.builder.weights import unique_bytes
 from genbundle.bundles import MissingExtraError, UnsupportedModelError
 from genbundle.bundles.manifest import State
@@ -69,7 +69,7 @@ def export_explicit(
     with quiet():
         lowered = _lower(lowered, lower, notes)
     states: dict[str, State] = {}
-    programs, kept, less = [], {}, {}
+    programs, kept = [], {}
     for component, exported in lowered:
         entry = describe_program(component, states, exported, file=path.name, method=component.name)
         order = {name: place for place, name in enumerate(exported.graph_signature.user_inputs)}
@@ -77,13 +77,12 @@ def export_explicit(
         entry = replace(entry, inputs=tuple(inputs))
         programs.append(at_precision(entry, precisions.of_part(part_of(component)), found[component.name]))
         kept |= found[component.name].kept
-        less |= found[component.name].less
     notes.extend(kept_note(kept))
-    size = unique_bytes(torch.nn.ModuleList(component.module for component, _ in lowered)) - sum(less.values())
+    size = unique_bytes(torch.nn.ModuleList(component.module for component, _ in lowered))
     return Exported(
         programs=tuple(programs),
         state=tuple(states.values()),
-        weight_bytes=size if precisions.lossy else None,
+        weight_bytes=size - saved_bytes(found.values()) if precisions.lossy else None,
         notes=tuple(notes),
     )
 

@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
+import torch
 
 from genbundle.builder.components import Component
 from genbundle.builder.formats import Progress, knowing
 from genbundle.builder.passes.half_precision import halve
 from genbundle.builder.passes.weight_only import quantize_weights
-from genbundle.builder.precision import BITS, HALF, LANGUAGE_MODEL, Precisions, kept_note, part_of
+from genbundle.builder.precision import BITS, HALVES, LANGUAGE_MODEL, Precisions, kept_note, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES
 from genbundle.bundles.manifest import Program
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+_HALF_TYPES = {"fp16": (torch.float16, ir.DataType.FLOAT16), "bf16": (torch.bfloat16, ir.DataType.BFLOAT16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class RoundedPrograms:
 def round_programs(
     lowered: list[tuple[Component, ir.Model]], precisions: Precisions, progress: Progress, notes: list[str]
 ) -> RoundedPrograms:
-    """Quantize the models in place, each weight by the part of the model that it belongs to; a part at float16 whole.
+    """Quantize the models in place, each weight by the part of the model that it belongs to; a part in 16 bits whole.
 
     Of a program with encoder and language model in one, the weights that other programs of the language model read are
     the language model's, so that they are shared; the others stay.
@@ -46,9 +48,9 @@ def round_programs(
     mixed = {component.name for component, _ in lowered if {"encoder", "language_model"} <= set(component.roles)}
     known: set[bytes] = set()
     for place, (component, model) in enumerate(lowered):
-        if used[component.name] == HALF:
+        if used[component.name] in HALVES:
             progress(f"halve {component.name}")
-            lowered[place] = _halved(component, model)
+            lowered[place] = _halved(component, model, used[component.name])
     for component, model in sorted(lowered, key=lambda item: item[0].name in mixed):
         bits = BITS.get(used[component.name])
         if bits is None:
@@ -71,14 +73,16 @@ def round_programs(
     return RoundedPrograms(precisions=used, rows=rows)
 
 
-def _halved(component: Component, model: ir.Model) -> tuple[Component, ir.Model]:
-    """A component whose arithmetic and state are in float16; what it gets and gives besides is float32."""
+def _halved(component: Component, model: ir.Model, precision: str) -> tuple[Component, ir.Model]:
+    """A component whose arithmetic and state are in 16 bits; what it gets and gives besides is float32."""
+    torch_type, graph_type = _HALF_TYPES[precision]
     past = {name for name, source in component.sources.items() if source.kind == "state"}
     sample = {
-        name: tensor.half() if name in past and tensor.is_floating_point() else tensor
+        name: tensor.to(torch_type) if name in past and tensor.is_floating_point() else tensor
         for name, tensor in component.sample.items()
     }
-    return replace(component, sample=sample), halve(model, past | component.states.keys())
+    halve(model, past | component.states.keys(), graph_type)
+    return replace(component, sample=sample), model
 
 
 def _among(known: set[bytes], value: ir.Value) -> bool:

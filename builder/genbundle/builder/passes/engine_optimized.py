@@ -11,7 +11,8 @@ _ASIDE_FROM_BYTES = 1 << 20
 
 
 def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
-    """`model` after ONNX Runtime's own optimizations, and whether opening may skip them.
+    """`model` after ONNX Runtime's own optimizations, and whether opening may skip them; itself where they fail, or
+    put many computed numbers in place of how they are computed.
 
     They are those of the level "extended", which don't depend on the processor. What "all" adds is another layout for
     convolutions that does: programs with some are still laid out when they are opened, and so are those that compute
@@ -31,14 +32,24 @@ def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(path)
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception:  # ONNX Runtime's have no common base; whether the graph can be run is found out at its replay
+            return model, False
         optimized = ir.from_proto(ir.to_proto(ir.load(path)))
     _bring_back(optimized, large)
+    if _bytes(optimized) > _bytes(model) + _ASIDE_FROM_BYTES:
+        return model, False
     optimized.meta.update(model.meta)
     used = {node.domain for node in optimized.graph.all_nodes()}
     for domain in set(optimized.graph.opset_imports) - used - {""}:
         del optimized.graph.opset_imports[domain]  # it names every operator set that it knows
     return optimized, not any(_left_for_opening(node) for node in optimized.graph.all_nodes())
+
+
+def _bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _left_for_opening(node: ir.Node) -> bool:

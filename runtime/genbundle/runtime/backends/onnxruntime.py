@@ -54,6 +54,11 @@ class OnnxRuntimeBackend:
 
     def _open(self, name: str) -> "OnnxProgram":
         ort, entry = self._onnxruntime, self._bundle.manifest.program(name)
+        if entry.precision == "bf16" and self.device == "cpu":
+            raise EngineError(
+                f"{self._bundle.path}: the program {name!r} computes in bfloat16, which ONNX Runtime's CPU provider "
+                "can't: load the bundle on a GPU, or build it with another precision"
+            )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if self._threads is not None:
