@@ -64,6 +64,13 @@ class _Stream:
     def __init__(self, target: Any):
         self.target = target
 
+    def write(self, text: str) -> int:
+        return self.target.write(text)
+
+    def flush(self) -> None:
+        """A method of its own, which handlers keep too (transformers'): the target's would flush a file long closed."""
+        self.target.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.target, name)
 
