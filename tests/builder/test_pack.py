@@ -177,6 +177,21 @@ def constant_elsewhere(folder):
     (folder / "decode.onnx").write_bytes(proto.SerializeToString())
 
 
+def function_elsewhere(folder):
+    """A function's own default for an attribute that one of its nodes refers to."""
+    proto = onnx.load(folder / "decode.onnx", load_external_data=False)
+    value = onnx.TensorProto(name="far", dims=[4], data_type=onnx.TensorProto.FLOAT, data_location="EXTERNAL")
+    value.external_data.add(key="location", value="../secret")
+    node = onnx.helper.make_node("Constant", [], ["far"])
+    node.attribute.add(name="value", ref_attr_name="given", type=onnx.AttributeProto.TENSOR)
+    function = onnx.helper.make_function(
+        "mine", "Far", [], ["far"], [node], [onnx.helper.make_opsetid("", 18)],
+        attribute_protos=[onnx.helper.make_attribute("given", value)],
+    )  # fmt: skip
+    proto.functions.append(function)
+    (folder / "decode.onnx").write_bytes(proto.SerializeToString())
+
+
 def with_fixed_length(folder):
     model = ir.load(folder / "prefill.onnx")
     model.graph.inputs[0].shape = ir.Shape([2, 9])
@@ -237,6 +252,7 @@ def with_fixed_length(folder):
         (traced("decode", "input_ids", 3), BuildError, "'input_ids' in 'kwargs' of the component 'decode' isn't an"),
         (claiming(16), BuildError, "of the component 'decode' is 4000000000000000000 bytes, and its graph reads 16"),
         (claiming(None), BuildError, "with the weights of the component 'decode' is cut short"),
+        (function_elsewhere, BuildError, "'far' inside a node of the component 'decode' reads from another file"),
         (constant_elsewhere, BuildError, "'far' inside a node of the component 'decode' reads from another file"),
         (lambda folder: (folder / "config.json").unlink(), BuildError, "config.json' makes no LlamaForCausalLM"),
         (
