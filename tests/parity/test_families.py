@@ -30,6 +30,8 @@ CASES = [
     ("Dots3NoteForConditionalGeneration", "xnnpack"),  # experts in its tower
     ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
     ("Llama4ForCausalLM", "xnnpack"),  # complex numbers
+    # Pictures before an encoder, for programs of one sequence.
+    pytest.param("T5Gemma2ForConditionalGeneration", "xnnpack", marks=pytest.mark.long),
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),

@@ -151,7 +151,7 @@ def _with_single(model: PreTrainedModel, captures: list[Capture]) -> list[Captur
     """`captures` with one sequence first, for programs of one sequence with content (pictures) in it."""
     sample = captures[-1].inputs
     content = [name for name in sample if name not in TEXT_INPUTS]
-    if model.config.is_encoder_decoder or not content or len(sample["input_ids"]) != 1:
+    if not content or len(sample.get("input_ids", ())) != 1:
         return captures
     return [*capture_calls(model, [padded_single(model, [item.inputs for item in captures])]), *captures]
 
