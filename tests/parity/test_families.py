@@ -27,7 +27,7 @@ CASES = [
     ("MambaForCausalLM", "xnnpack"),
     ("MarianMTModel", "xnnpack"),
     ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
-    ("Dots3NoteForConditionalGeneration", "xnnpack"),  # experts in its tower
+    pytest.param("Dots3NoteForConditionalGeneration", "xnnpack", marks=pytest.mark.long),  # experts in its tower
     ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
     ("Llama4ForCausalLM", "xnnpack"),  # complex numbers
     # Pictures before an encoder, for programs of one sequence.

@@ -59,7 +59,10 @@ def test_below_the_floor(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("precision", "divergence", "share"), [("int8", 1e-3, 0.5), ("int4", 0.1, 0.35)])
+@pytest.mark.parametrize(
+    ("precision", "divergence", "share"),
+    [pytest.param("int8", 1e-3, 0.5, marks=pytest.mark.long), ("int4", 0.1, 0.35)],
+)
 def test_a_tied_text_model_on_xnnpack(precision, divergence, share, bundle, tmp_path):
     whole = bundle("llama_tied", "xnnpack")
     small = built("llama_tied", "xnnpack", tmp_path / "b", precision=precision)
