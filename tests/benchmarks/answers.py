@@ -65,10 +65,14 @@ def bundle_answers(model: Model, asked: Asked) -> list[str]:
     return [answer.text.strip() for answer in generations(model, asked)]
 
 
+def pieces(model: Model, ids: list[int]) -> list[str]:
+    """The text of each token by itself, as ExecuTorch's runners give it out."""
+    return [model.text.decode([token], skip_special_tokens=False) for token in ids]
+
+
 def in_tokens(model: Model, answer: Generation) -> list[str]:
-    """The text of each new token by itself, as ExecuTorch's runners give it out."""
-    new = answer.sequences[0, int(answer.timings.prompt_tokens) :]
-    return [model.text.decode([token], skip_special_tokens=False) for token in new.tolist()]
+    """The new tokens of an answer in that way."""
+    return pieces(model, answer.sequences[0, int(answer.timings.prompt_tokens) :].tolist())
 
 
 def stock_answers(model: Model, asked: Asked) -> list[list[str]]:

@@ -40,11 +40,6 @@ def open_runner(kind, bundle):
     return runner.TextLLMRunner(*files) if kind == "TextLLMRunner" else runner.MultimodalRunner(*files, None)
 
 
-def pieces(model, ids):
-    """The text of each token by itself, as the runners give it out."""
-    return [model.text.decode([token], skip_special_tokens=False) for token in ids]
-
-
 def test_the_example_in_the_docs(bundle, tmp_path):
     """In a process of its own, where nothing else has registered ExecuTorch's operators."""
     docs = Path(__file__).parents[2] / "docs" / "devices.md"
@@ -69,7 +64,7 @@ def test_text_decoders(name, loaded):
         runner.generate(prompt, settings(max_new_tokens=14), said.append, None)
         # The runner stops where the bundle's end token comes.
         ends = [index + 1 for index, token in enumerate(ids) if token in model.bundle.manifest.generation.eos_token_ids]
-        assert said == pieces(model, ids[: min(ends, default=14)])
+        assert said == answers.pieces(model, ids[: min(ends, default=14)])
 
 
 def test_the_demo_models_answers(loaded):
@@ -98,7 +93,7 @@ def test_sound_beside_text(loaded):
         runner.reset()
         given = [sound if part is None else make_token_input(part) for part in parts]
         runner.generate(given, settings(max_new_tokens=10), said.append, None)
-        assert said == pieces(model, found.sequences[0, len(ids) :].tolist())[: len(said)]
+        assert said == answers.pieces(model, found.sequences[0, len(ids) :].tolist())[: len(said)]
         assert len(said) == 10 or said[-1] == "<eos>"
         compared += 1
     assert compared

@@ -36,7 +36,7 @@ def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
             onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception:  # ONNX Runtime's have no common base; whether the graph can be run is found out at its replay
             return model, False
-        optimized = ir.from_proto(ir.to_proto(ir.load(path)))
+        optimized = ir.load(path)
     _bring_back(optimized, large)
     if _bytes(optimized) > _bytes(model) + _ASIDE_FROM_BYTES:
         return model, False

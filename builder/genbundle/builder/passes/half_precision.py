@@ -102,17 +102,10 @@ def _is_weight(value: ir.Value) -> bool:
 
 def _read_inside(node: ir.Node) -> Iterator[tuple[ir.Node, int, ir.Value]]:
     """Which nodes read what in the bodies of an If or Loop, which stay in float32."""
-    waiting = list(_bodies(node))
-    while waiting:
-        for inner in waiting.pop():
-            yield from ((inner, index, value) for index, value in enumerate(inner.inputs) if value is not None)
-            waiting += _bodies(inner)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
+            for inner in attribute.as_graph().all_nodes():  # those of bodies in it too
+                yield from ((inner, index, value) for index, value in enumerate(inner.inputs) if value is not None)
 
 
 class _Typed:
