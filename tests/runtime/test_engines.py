@@ -12,9 +12,10 @@ from genbundle.bundles import BundleError, EngineError, InputError, MissingExtra
 from genbundle.bundles.manifest import Flow, Route
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime import load_bundle
+from genbundle.runtime.backends import onnx_device
 from genbundle.runtime.backends import onnxruntime as onnxruntime_module
 from genbundle.runtime.backends.executorch import ExecuTorchProgram
-from genbundle.runtime.backends.onnx_file import named_files
+from genbundle.runtime.backends.onnx_file import external_weights, named_files
 from genbundle.runtime.inspection import as_text
 
 
@@ -91,6 +92,7 @@ def test_a_provider_that_does_not_start(bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime_module, "named_files", lambda content: set())
+    monkeypatch.setattr(onnx_device, "external_weights", lambda content: [])
     with pytest.raises(EngineError, match=r"couldn't start its CUDAExecutionProvider here .*device='cpu'"):
         load_bundle(bundle(backend="cuda").path).generate(input_ids=[[1, 2]])
 
@@ -132,6 +134,42 @@ def test_programs_that_read_files_which_the_manifest_does_not_list(tmp_path, whe
     (made.path / "unlisted.bin").write_bytes(bytes(4))
     with pytest.raises(BundleError, match=rf"decode\.onnx: reads the file '{re.escape(location)}', which the manifest"):
         load_bundle(made.path).generate(input_ids=[[1, 2]])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_cpu_instead_of_a_gpu_but_for_bfloat16(bundle, precision):
+    program = replace(manifest().programs[0], precision=precision)
+    with pytest.raises(EngineError) as caught:
+        load_bundle(bundle(backend="cuda", programs=(program,)).path)
+    assert ("device='cpu'" in str(caught.value)) == (precision == "fp32")
+
+
+def test_weights_as_programs_have_them():
+    """Against onnx_ir's reading: shape, type and place of each, however the shape is written."""
+    import onnx_ir as ir
+
+    shapes = [(3, 4), (300, 2, 1), ()]
+    tensors = [
+        ir.ExternalTensor("w.bin", 64 * n, 12, ir.DataType.BFLOAT16, shape=ir.Shape(shape), name=f"w{n}")
+        for n, shape in enumerate(shapes)
+    ]
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 18}, name="g")
+    for tensor in tensors:
+        graph.register_initializer(ir.Value(name=tensor.name, const_value=tensor))
+    content = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString()
+    found = external_weights(content)
+    assert [(item.name, item.shape, item.dtype, item.location) for item in found] == [
+        (f"w{n}", shape, 16, "w.bin") for n, shape in enumerate(shapes)
+    ]
+    assert [(item.offset, item.length) for item in found] == [(0, 12), (64, 12), (128, 12)]
+    packed = b"\x0a\x03\x03\xac\x02"  # 3 and 300 in one field
+    entries = b"".join(
+        b"\x6a" + bytes([len(entry)]) + entry
+        for entry in (b"\x0a\x08location\x12\x01f", b"\x0a\x06offset\x12\x010", b"\x0a\x06length\x12\x018")
+    )
+    tensor = packed + b"\x10\x01" + entries
+    graph_bytes = b"\x2a" + bytes([len(tensor)]) + tensor
+    assert external_weights(b"\x3a" + bytes([len(graph_bytes)]) + graph_bytes)[0].shape == (3, 300)
 
 
 def test_locations_written_as_no_library_writes_them():

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from genbundle.builder.also import complete, expect_generation
-from genbundle.builder.backends import EXPORTERS, OTHERWISE
+from genbundle.builder.backends import EXPORTERS, otherwise
 from genbundle.builder.formats import Exported
 from genbundle.builder.image_text import feature_token
 from genbundle.builder.inner import capture_calls, observed_generation
@@ -85,15 +85,15 @@ class Exporting:
 
         exact: the same at float32, whose exporter and cases are taken again.
         """
-        usual, other = EXPORTERS[self.settings.backend], OTHERWISE.get(self.settings.backend)
-        exporter = exact.exporter if exact is not None else usual
+        exporter = exact.exporter if exact is not None else EXPORTERS[self.settings.backend]
         manifest = self._export(exporter, precisions, writer.path)
         if exact is not None:
             if exact.lost is not None:
                 manifest = without_optional_programs(manifest, writer, exact.lost) or manifest
             return Attempt(manifest=manifest, cases=exact.cases, exporter=exporter)
         attempt = Attempt(manifest=manifest, cases=self._record(manifest, writer.path), exporter=exporter)
-        if other is None or manifest.state or not self.settings.verify:
+        other = otherwise(manifest)
+        if other is None or not self.settings.verify:
             return attempt
         self.announce("verify")
         try:

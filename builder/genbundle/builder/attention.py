@@ -1,8 +1,8 @@
 """Attention for export: the model's own code calls ours through transformers' attention registry.
 
-Two kinds of key-value cache layer stand in for the model's own. `PastLayer` appends, as a growing cache does, and
-serves any attention. `FusedLayer` leaves past and new apart, for ONNX Runtime's GroupQueryAttention, which appends
-by itself and reads grouped heads without repeating them.
+Three kinds of key-value cache layer stand in for the model's own. `PastLayer` appends, as a growing cache does, and
+serves any attention. `BufferLayer` writes into buffers with room and serves any, too. `FusedLayer` leaves past and new
+apart, for ONNX Runtime's GroupQueryAttention, which appends by itself and reads grouped heads without repeating them.
 """
 
 import contextlib
@@ -39,6 +39,34 @@ class PastLayer(DynamicLayer):
     def present(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values including the new tokens'."""
         return self.keys, self.values
+
+
+class BufferLayer(PastLayer):
+    """A layer whose keys and values are buffers with room; `start` `[1]` tokens came before, which no shape says."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor):
+        super().__init__(keys, values)
+        self.start = start
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole buffers with the new tokens' part written."""
+        places = self.start + torch.arange(key_states.shape[-2], device=self.start.device)
+        self.keys, self.values = _written(self.keys, places, key_states), _written(self.values, places, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
+        """The whole buffer, from position 0."""
+        return self.keys.shape[-2], 0
+
+    def get_seq_length(self) -> Any:
+        """How many tokens came before, as a number inside the program."""
+        return self.start[0]
+
+
+def _written(buffer: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return buffer.scatter(2, places[None, None, :, None].expand(new.shape), new)
 
 
 class FusedLayer(PastLayer):

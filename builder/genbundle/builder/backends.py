@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from genbundle.builder.also import EMBEDDED, expect_fed
+from genbundle.builder.buffers import with_buffers
 from genbundle.builder.components import Component, one_sequence
 from genbundle.builder.embedded import NotSimpleError
 from genbundle.builder.encoder_decoder import encoder_decoder_components
@@ -25,7 +26,7 @@ from genbundle.builder.samples import padded_single
 from genbundle.builder.stock_runners import MULTIMODAL_RUNNER, SEQ2SEQ_RUNNER, TEXT_RUNNER
 from genbundle.builder.turns import turn_components
 from genbundle.bundles import UnsupportedModelError
-from genbundle.bundles.manifest import Flow, Runner
+from genbundle.bundles.manifest import CAPACITY, Flow, Manifest, Runner
 from genbundle.runtime.inputs import TEXT_INPUTS
 
 
@@ -59,14 +60,22 @@ def _explicit(
     *,
     precisions: Precisions,
     also: Sequence[str] = (),
+    refusal: Exception | None = None,
 ) -> Exported:
-    """The backends whose programs take and return their state: ONNX and torch.export."""
+    """The backends whose programs take and return their state: ONNX and torch.export.
+
+    refusal: why a GPU's steps can't have fixed sizes.
+    """
     embedded = EMBEDDED in also
     try:
         components, flow, notes = _components(model, captures, capacity, fuse=format_name == "cpu", embedded=embedded)
     except NotSimpleError as error:
         raise UnsupportedModelError(f"{EMBEDDED} can't run it: {error}") from error
     expect_fed(also, components, flow)
+    if format_name == "cuda" and refusal is None:
+        components = with_buffers(components)
+    elif refusal is not None:
+        notes = (*notes, f"its keys and values grow from step to step, which no CUDA graph can record: {refusal}")
     if all(len(item.inputs.get("input_ids", ())) == 1 for item in captures):  # rows.one_at_a_time
         components = [one_sequence(component) for component in components]
     components = [replace(component, longest=capacity) for component in components]
@@ -188,5 +197,12 @@ EXPORTERS: dict[str, Callable[..., Exported]] = {
 }
 """backend -> `export(model, captures, capacity, folder, announce, precisions=)`."""
 
-OTHERWISE: dict[str, Callable[..., Exported]] = {"xnnpack": _state_outside}
-"""backend -> the same with `refusal=`, for a model whose bundle with its state inside failed its verification."""
+_OTHERWISE: dict[str, Callable[..., Exported]] = {"xnnpack": _state_outside, "cuda": EXPORTERS["cuda"]}
+
+
+def otherwise(manifest: Manifest) -> Callable[..., Exported] | None:
+    """The same with `refusal=`, for a model whose bundle failed its verification with its state kept as here: inside
+    a .pte, or in buffers of a fixed size. None where there is no other way."""
+    buffered = any(CAPACITY in entry.shape for entry in manifest.state)
+    there_is = buffered if manifest.backend == "cuda" else not manifest.state
+    return _OTHERWISE.get(manifest.backend) if there_is else None

@@ -19,7 +19,8 @@ class Decoder(torch.nn.Module):
     One program serves the prompt (an empty past), a continuation and the single step. With `fused`, attention becomes
     ONNX Runtime's GroupQueryAttention, which only traces; without, the module also runs eagerly. With `in_place`, it
     writes the new keys and values into the past's tensors, which have room for them; how many tokens came before is
-    then the mask's length without the new ones. With `begins`, the program is for prompts alone and takes no past.
+    then the mask's length without the new ones if `fused`, else the input `start` `[1]`. With `begins`, the program is
+    for prompts alone and takes no past.
 
     Past inputs are named `past_<layer>_<what>` (`key` and `value`, `[batch, heads, length, width]`, or a state of fixed
     size), outputs `present_...`. `constants` are forward arguments that every capture passed alike. `window`: as
@@ -50,14 +51,18 @@ class Decoder(torch.nn.Module):
         """Run the model's own forward over a cache made of the past inputs."""
         # Any tensor with the batch's size gives the empty ones theirs.
         like = inputs["input_ids"].to(torch.get_default_dtype())
-        before = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] if self.in_place else None
-        past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins, past=before)
+        past = open_layers(self.layers, inputs, like, fused=self.fused, begins=self.begins, past=self._before(inputs))
         cache = make_cache(past)
         attend = group_query_attention(lambda: cache) if self.fused else None
         windowed = seen_from(self.model, self.window) if self.window is not None else nullcontext()
         with attention(language_model_of(self.model), attend), windowed:
             logits = self.call(inputs, cache)
         return {"logits": logits[:, -1:], **present(past)}
+
+    def _before(self, inputs: dict[str, torch.Tensor]) -> Any:
+        if not self.in_place:
+            return None
+        return inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] if self.fused else inputs.pop("start")
 
     def call(self, inputs: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
         """The logits of the model's forward."""

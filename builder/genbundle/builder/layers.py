@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from genbundle.builder.attention import FusedLayer, PastLayer
+from genbundle.builder.attention import BufferLayer, FusedLayer, PastLayer
 from genbundle.builder.cut import attribute
 from genbundle.bundles import UnsupportedModelError
 
@@ -200,7 +200,8 @@ class IndexedPast(PastLayer):
 def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused: bool, past: Any = None) -> Any:
     """A cache layer that begins with the tensors `given` (by the names of `layer.shapes()`), or empty.
 
-    like: any floating-point tensor `[batch, ...]` to make the empty ones like. past: as a fused layer takes it.
+    like: any floating-point tensor `[batch, ...]` to make the empty ones like. past: how many tokens keys and values in
+    buffers hold, as a fused layer takes it, or as a tensor `[1]` for any other attention.
     """
     if layer.attention is None and not layer.states:
         return DynamicLayer() if layer.unwritten else DummyLayer()
@@ -215,7 +216,9 @@ def open_layer(layer: Layer, given: Tensors | None, like: torch.Tensor, *, fused
         return IndexedPast(keys, values, index, None if given is None else given.get(POSITIONS))
     if layer.states:
         return LinearAndPast(layer, given, keys, values)
-    return FusedLayer(keys, values, past) if fused else PastLayer(keys, values)
+    if fused:
+        return FusedLayer(keys, values, past)
+    return PastLayer(keys, values) if past is None else BufferLayer(keys, values, past)
 
 
 def open_layers(

@@ -9,7 +9,7 @@ from typing import Any
 from genbundle.bundles.codec import decode
 from genbundle.bundles.dtypes import DTYPE_NAMES
 from genbundle.bundles.errors import BundleError, BundleVersionError
-from genbundle.bundles.manifest import CAPACITY, FORMAT, FORMAT_VERSION, MANIFEST_NAME, Manifest, Program, State
+from genbundle.bundles.manifest import CAPACITY, FORMAT, FORMAT_VERSION, MANIFEST_NAME, Input, Manifest, Program, State
 
 _MOST_ELEMENTS = 2**31
 
@@ -123,7 +123,7 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
         entry = states.get(item.source.name or "") if item.source.kind == "state" else None
         if item.source.kind == "state" and entry is None:
             raise BundleError(f"Expected a state entry, got {item.source.name!r} - at `{path}.inputs[{index}].source`")
-        if CAPACITY in item.shape:
+        if CAPACITY in item.shape and not _hides_room(item, program):
             axis = None if entry is None else entry.axis
             written = any(output.state == item.source.name for output in program.outputs)
             alike = entry is not None and entry.shape == item.shape
@@ -134,3 +134,9 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
     for index, item in enumerate(program.outputs):
         if item.state is not None and item.state not in states:
             raise BundleError(f"Expected a state entry, got {item.state!r} - at `{path}.outputs[{index}].state`")
+
+
+def _hides_room(item: Input, program: Program) -> bool:
+    """Whether it is the mask of a program whose state has that room."""
+    buffers = (other for other in program.inputs if other.source.kind == "state" and CAPACITY in other.shape)
+    return item.source.kind == "mask" and item.shape[1:] == (CAPACITY,) and any(buffers)

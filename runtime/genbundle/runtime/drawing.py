@@ -75,7 +75,8 @@ def _box(program: Program, readers: dict[str, list[int]]) -> Box:
     replaced = sum(output.state is not None for output in program.outputs)
     if replaced:
         gives.append(f"state ({_tensors(replaced)})")
-    if any(item.source.kind == "start" for item in program.inputs):
+    kinds = {item.source.kind for item in program.inputs}
+    if "start" in kinds and "state" not in kinds:
         gives.append("state (inside the program)")
     roles = " + ".join(_SYMBOLS.get(role, role) for role in program.roles)
     return Box(name=program.name, roles=roles, takes=tuple(dict.fromkeys(takes)), gives=tuple(gives))

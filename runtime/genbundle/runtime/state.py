@@ -34,16 +34,27 @@ class State:
             if entry not in written:
                 self._rooms.pop(entry, None)
 
-    def buffer(self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:
-        """The tensor of an entry that is written in place, with room for `new` more tokens."""
+    def buffer(
+        self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray], *, few_sizes: bool = False
+    ) -> Tensor:
+        """The tensor of an entry that is written in place, with room for `new` more tokens.
+
+        few_sizes: rooms are powers of two, whatever the sequences will get, for programs that are made ready for each.
+        """
         needed = self.length + new
         if self._rooms.get(name, self.length) < needed:
-            room = max(needed + _ROOM, needed * 3 // 2)
-            if self.most is not None:
-                room = max(needed, min(room, self.most))
+            if few_sizes:
+                room = max(_ROOM, 1 << (needed - 1).bit_length())
+            else:
+                room = max(needed + _ROOM, needed * 3 // 2)
+                room = room if self.most is None else max(needed, min(room, self.most))
             self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
             self._rooms[name] = room
         return self.tensors[name]
+
+    def room(self, name: str) -> int:
+        """How many tokens an entry's buffer holds."""
+        return self._rooms[name]
 
     def cut(self, length: int, to_numpy: Callable[[Tensor], np.ndarray]) -> None:
         """Keep the first `length` tokens; what lies beyond in buffers is written over."""

@@ -45,12 +45,23 @@ class Wiring:
             for program in manifest.programs
         }
         self._written = {
-            program.name: {item.source.name or "" for item in program.inputs if CAPACITY in item.shape}
+            program.name: {
+                item.source.name or ""
+                for item in program.inputs
+                if item.source.kind == "state" and CAPACITY in item.shape
+            }
             for program in manifest.programs
+        }
+        # Programs that attend to whole buffers, of which the mask hides what no token has written.
+        self._whole = {
+            program.name
+            for program in manifest.programs
+            if any(item.source.kind == "mask" and CAPACITY in item.shape for item in program.inputs)
         }
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
-        self._stateful = any(item.source.kind == "start" for program in manifest.programs for item in program.inputs)
+        kinds = [{item.source.kind for item in program.inputs} for program in manifest.programs]
+        self._stateful = any("start" in each and "state" not in each for each in kinds)
         self._running: Sequences | None = None
         # Between looking whose state it is and running the programs on it, no other thread may begin.
         self._one_at_a_time = threading.Lock() if self._stateful else nullcontext()
@@ -119,6 +130,10 @@ class Wiring:
     def state_written(self, name: str) -> Collection[str]:
         """The state entries that a program writes in place."""
         return self._written[name]
+
+    def attends_to_whole_buffers(self, name: str) -> bool:
+        """Whether a program attends to its buffers from end to end."""
+        return name in self._whole
 
     def _check(self) -> None:
         """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
@@ -258,13 +273,13 @@ class _Call:
         if source.kind == "tokens":
             return _known_tokens(self.tokens, source)
         if source.kind == "mask":
-            return self.sequences.mask
+            return self._mask(item, program)
         if source.kind == "position":
             return self._positions(source).astype(numpy_dtype(item.dtype), copy=False)
         if source.kind == "start":
             return np.array([self.sequences.state.length], np.int64)
         if source.kind == "state":
-            return self._state(item)
+            return self._state(item, program)
         if source.kind == "output":
             return self.values[source.name or ""]
         if source.kind == "prepared":
@@ -274,11 +289,22 @@ class _Call:
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
         return self._user(item, program)
 
-    def _state(self, item: Input) -> Tensor:
+    def _mask(self, item: Input, program: str) -> np.ndarray:
+        mask = self.sequences.mask
+        if CAPACITY not in item.shape:
+            return mask
+        buffers = (other for other in self.wiring.entry(program).inputs if other.source.kind == "state")
+        buffer = next(other for other in buffers if CAPACITY in other.shape)
+        self._state(buffer, program)
+        room = self.sequences.state.room(buffer.source.name or "")
+        return np.pad(mask, ((0, 0), (0, room - mask.shape[1])))
+
+    def _state(self, item: Input, program: str) -> Tensor:
         state, name, to_numpy = self.sequences.state, item.source.name or "", self.wiring.backend.to_numpy
-        if CAPACITY in item.shape:
-            return state.buffer(name, self.tokens.shape[1], to_numpy)
-        return state.exact(name, to_numpy)
+        if CAPACITY not in item.shape:
+            return state.exact(name, to_numpy)
+        few = self.wiring.attends_to_whole_buffers(program)
+        return state.buffer(name, self.tokens.shape[1], to_numpy, few_sizes=few)
 
     def _wanted(self, item: Input) -> bool:
         options = item.source.options

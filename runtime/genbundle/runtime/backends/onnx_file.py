@@ -1,6 +1,8 @@
-"""Which files an .onnx names, read from its bytes: ONNX Runtime opens any that lies beside it, listed or not."""
+"""Which files an .onnx names, and where its weights lie in them, read from its bytes: ONNX Runtime opens any file that
+lies beside it, listed or not, and each of its sessions would have weights of its own on a GPU."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 # The fields of ONNX's messages that lead to a tensor, from https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 _FIELDS: dict[str, dict[int, str]] = {
@@ -31,14 +33,69 @@ def named_files(content: bytes) -> set[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ExternalWeight:
+    """A weight in another file: its `length` bytes from `offset` on are numbers of ONNX's type `dtype`."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+
+
+def external_weights(content: bytes) -> list[ExternalWeight]:
+    """The weights of a model's graph that lie in other files; ValueError for what isn't a protobuf message."""
+    graphs = [value for field, value in _fields(memoryview(content)) if field == 7]
+    tensors = [value for graph in graphs for field, value in _fields(graph) if field == 5]
+    return [found for tensor in tensors if (found := _external(tensor)) is not None]
+
+
+def _external(tensor: memoryview) -> ExternalWeight | None:
+    numbers = list(_numbers(tensor))
+    fields = list(_fields(tensor))
+    entries = [dict(_fields(value)) for field, value in fields if field == 13]
+    where = {bytes(entry.get(1, b"")): bytes(entry.get(2, b"")) for entry in entries}
+    if not {b"location", b"offset", b"length"} <= where.keys():
+        return None
+    packed = [number for field, value in fields if field == 1 for number in _packed(value)]
+    return ExternalWeight(
+        name=bytes(dict(fields).get(8, b"")).decode("utf-8"),
+        dtype=dict(numbers).get(2, 0),
+        shape=tuple(packed or [number for field, number in numbers if field == 1]),
+        location=where[b"location"].decode("utf-8"),
+        offset=int(where[b"offset"]),
+        length=int(where[b"length"]),
+    )
+
+
+def _packed(value: memoryview) -> Iterator[int]:
+    place = 0
+    while place < len(value):
+        number, place = _number(value, place)
+        yield number
+
+
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field that has a length; the others are numbers, and passed over."""
+    """Number and bytes of each field that has a length."""
+    return ((field, value) for field, value in _each(message) if isinstance(value, memoryview))
+
+
+def _numbers(message: memoryview) -> Iterator[tuple[int, int]]:
+    """Number and value of each field that is a whole number."""
+    return ((field, value) for field, value in _each(message) if isinstance(value, int))
+
+
+def _each(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields that have a length or are whole numbers; the others are passed over."""
     place = 0
     while place < len(message):
         tag, place = _number(message, place)
         wire, size = tag & 7, 0
         if wire == 0:
-            _, place = _number(message, place)
+            value, place = _number(message, place)
+            yield tag >> 3, value
         elif wire == 2:
             size, place = _number(message, place)
         elif wire in (1, 5):

@@ -1,6 +1,7 @@
 """ONNX Runtime, CPU and CUDA providers: tensors stay in the engine from call to call."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
 from genbundle.bundles.manifest import CAPACITY, Program
+from genbundle.runtime.backends.onnx_device import Buffers, DeviceWeights, as_numpy, on_device
 from genbundle.runtime.backends.onnx_file import named_files
+from genbundle.runtime.backends.onnx_steps import FixedSteps, Sizes, has_fixed_steps
 from genbundle.runtime.program import Tensor
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -29,17 +32,25 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
     if _PROVIDERS[device] not in available:
         raise EngineError(
             f"{bundle.path}: no CUDA provider here (ONNX Runtime has {', '.join(available)}): "
-            "pip install 'genbundle[onnx-gpu]' where a GPU is, or load it with device='cpu'"
+            f"pip install 'genbundle[onnx-gpu]' where a GPU is{_or_the_cpu(bundle)}"
         )
     return OnnxRuntimeBackend(onnxruntime, bundle, device, threads)
 
 
 class OnnxRuntimeBackend:
-    """A bundle's sessions, opened one by one as they are needed; they map the weights of one file."""
+    """A bundle's sessions, opened one by one as they are needed; they map the weights of one file, or share those on a
+    GPU.
 
-    def __init__(self, onnxruntime: Any, bundle: Bundle, device: str, threads: int | None):
+    kept: whether weights and buffers are on the device for good, and steps of fixed sizes are recorded; on a GPU unless
+    said otherwise.
+    """
+
+    def __init__(self, onnxruntime: Any, bundle: Bundle, device: str, threads: int | None, *, kept: bool | None = None):
         self._onnxruntime, self._bundle, self._threads = onnxruntime, bundle, threads
         self.device = device
+        self._kept = device != "cpu" if kept is None else kept
+        self._weights = DeviceWeights(onnxruntime.OrtValue, device)
+        self._buffers = Buffers(onnxruntime.OrtValue, device)
         self._programs: dict[str, OnnxProgram] = {}
 
     def program(self, name: str) -> "OnnxProgram":
@@ -50,15 +61,51 @@ class OnnxRuntimeBackend:
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """An OrtValue (or a numpy array) as a numpy array; float16 and bfloat16 as they are."""
-        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        if isinstance(tensor, np.ndarray):
+            return tensor
+        return as_numpy(self._onnxruntime, tensor, _PROVIDERS[self.device])
 
     def _open(self, name: str) -> "OnnxProgram":
-        ort, entry = self._onnxruntime, self._bundle.manifest.program(name)
+        entry = self._bundle.manifest.program(name)
         if entry.precision == "bf16" and self.device == "cpu":
             raise EngineError(
                 f"{self._bundle.path}: the program {name!r} computes in bfloat16, which ONNX Runtime's CPU provider "
                 "can't: load the bundle on a GPU, or build it with another precision"
             )
+        self._check_files(entry.file)
+        session, in_place, ort = self._session(entry), _in_place(entry), self._onnxruntime
+        if not self._kept:
+            return OnnxProgram(ort, session, name, self.device, in_place)
+        steps = FixedSteps(entry, partial(self._session, entry), ort, self.device) if has_fixed_steps(entry) else None
+        return OnnxProgram(ort, session, name, self.device, in_place, buffers=self._buffers, steps=steps)
+
+    def _session(self, entry: Program, sizes: Sizes | None = None) -> Any:
+        """A session of a program; with `sizes`, for these alone, recorded where a GPU is."""
+        ort, file, provider = self._onnxruntime, self._bundle.file(entry.file), _PROVIDERS[self.device]
+        options, settings = self._options(entry), {}
+        for symbol, size in (sizes or {}).items():
+            options.add_free_dimension_override_by_name(symbol, size)
+        if sizes is not None and self.device == "cuda":
+            settings["enable_cuda_graph"] = "1"
+        try:
+            if self._kept:
+                self._weights.share(options, file)
+            session = ort.InferenceSession(str(file), options, providers=[(provider, settings)])
+        except BundleError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {entry.file}: {error}") from error
+        if provider not in session.get_providers():
+            # It goes on with the CPU, and says so only in its log.
+            others, instead = ", ".join(session.get_providers()), _or_the_cpu(self._bundle)
+            raise EngineError(
+                f"{self._bundle.path}: ONNX Runtime couldn't start its {provider} here and would run {entry.file} with "
+                f"{others}: check the GPU's driver, CUDA and cuDNN{instead}"
+            )
+        return session
+
+    def _options(self, entry: Program) -> Any:
+        ort = self._onnxruntime
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if self._threads is not None:
@@ -72,20 +119,7 @@ class OnnxRuntimeBackend:
             # A repacked copy of every weight in memory: steps are as fast with the mapped ones, and prompts nearly.
             # Those in blocks of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
-        file, provider = self._bundle.file(entry.file), _PROVIDERS[self.device]
-        self._check_files(entry.file)
-        try:
-            session = ort.InferenceSession(str(file), options, providers=[provider])
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {entry.file}: {error}") from error
-        if provider not in session.get_providers():
-            # It goes on with the CPU, and says so only in its log.
-            raise EngineError(
-                f"{self._bundle.path}: ONNX Runtime couldn't start its {provider} here and would run {entry.file} with "
-                f"{', '.join(session.get_providers())}: check the GPU's driver, CUDA and cuDNN, or load the bundle "
-                "with device='cpu'"
-            )
-        return OnnxProgram(ort, session, name, self.device, _in_place(entry))
+        return options
 
     def _check_files(self, program: str) -> None:
         """BundleError for a program that reads a file which the manifest doesn't list, wherever it is."""
@@ -101,26 +135,51 @@ class OnnxRuntimeBackend:
                 raise BundleError(f"{file}: reads the file {name!r}, which the manifest doesn't list")
 
 
+def _or_the_cpu(bundle: Bundle) -> str:
+    """What else to do where no GPU is: nothing with bfloat16, which the CPU can't."""
+    narrow = any(program.precision == "bf16" for program in bundle.manifest.programs)
+    return "" if narrow else ", or load it with device='cpu'"
+
+
 def _in_place(entry: Program) -> dict[str, str]:
     """The outputs that are written into the tensor of an input: output -> input."""
-    buffers = {item.source.name: item.name for item in entry.inputs if CAPACITY in item.shape}
+    states = (item for item in entry.inputs if item.source.kind == "state")
+    buffers = {item.source.name: item.name for item in states if CAPACITY in item.shape}
     return {output.name: buffers[output.state] for output in entry.outputs if output.state in buffers}
 
 
 class OnnxProgram:
     """One session: numpy arrays or OrtValues in, OrtValues out.
 
-    in_place: as `_in_place` returns it; such an output is the very tensor that went in.
+    in_place: as `_in_place` returns it; such an output is the very tensor that went in. buffers: where those come from
+    if they stay on the device. steps: what takes steps of fixed sizes, if the program has such.
     """
 
-    def __init__(self, onnxruntime: Any, session: Any, name: str, device: str, in_place: Mapping[str, str]):
+    def __init__(
+        self,
+        onnxruntime: Any,
+        session: Any,
+        name: str,
+        device: str,
+        in_place: Mapping[str, str],
+        *,
+        buffers: Buffers | None = None,
+        steps: FixedSteps | None = None,
+    ):
         self._value = onnxruntime.OrtValue
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
+        self._buffers, self._steps = buffers, steps
         self.outputs = [output.name for output in session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
         try:
+            if self._buffers is not None:
+                fresh = {name: inputs[name] for name in self._in_place.values()}
+                fresh = {name: array for name, array in fresh.items() if isinstance(array, np.ndarray)}
+                inputs = {**inputs, **{name: self._buffers.take(name, array) for name, array in fresh.items()}}
+            if self._steps is not None and (done := self._steps(inputs)) is not None:
+                return done
             binding = self.session.io_binding()
             given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
             for name, tensor in given.items():
@@ -142,5 +201,5 @@ class OnnxProgram:
         if not isinstance(tensor, np.ndarray):
             return tensor
         if tensor.dtype == ml_dtypes.bfloat16:
-            return self._value.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(tensor).view(np.uint16), 16)
+            return on_device(self._value, tensor, self._device)
         return self._value.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device)

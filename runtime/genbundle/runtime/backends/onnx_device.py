@@ -1,0 +1,121 @@
+"""What stays on a GPU between calls of ONNX Runtime: weights that programs share, and buffers of state."""
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from genbundle.bundles import BundleError
+from genbundle.runtime.backends.onnx_file import ExternalWeight, external_weights
+
+# ONNX's numbers of its types: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+BFLOAT16 = 16
+_TYPES: Mapping[int, np.dtype] = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.uint8),
+    3: np.dtype(np.int8),
+    6: np.dtype(np.int32),
+    7: np.dtype(np.int64),
+    9: np.dtype(np.bool_),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float64),
+    BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+# A graph of one operator, float32 y = Cast(bfloat16 x), as serialized by onnx_ir: numpy can't take what is inside an
+# OrtValue of bfloat16, and the engine can.
+_WIDEN = (
+    b'\x08\t:2\n\x17\n\x01x\x12\x01y"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02\x12\x01gZ\t\n\x01x\x12\x04\n\x02\x08\x10b'
+    b"\t\n\x01y\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14"
+)
+_SPARE = 2  # buffers of one size that are kept for the next sequences
+
+
+def on_device(value: Any, array: np.ndarray, device: str) -> Any:
+    """A copy of `array` on `device`; value: ONNX Runtime's class OrtValue."""
+    kind = BFLOAT16 if array.dtype == ml_dtypes.bfloat16 else array.dtype.type
+    made = value.ortvalue_from_shape_and_type(array.shape, kind, device)
+    overwrite(made, array)
+    return made
+
+
+def overwrite(target: Any, array: np.ndarray) -> None:
+    """Copy `array` to where the OrtValue `target` lies."""
+    array = np.ascontiguousarray(array)
+    # numpy has no bfloat16 that ONNX Runtime knows; the bytes are the same.
+    target.update_inplace(array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
+
+
+def as_numpy(onnxruntime: Any, tensor: Any, provider: str) -> np.ndarray:
+    """What an OrtValue holds; bfloat16 as ml_dtypes has it."""
+    if tensor.element_type() != BFLOAT16:
+        return tensor.numpy()
+    session = onnxruntime.InferenceSession(_WIDEN, providers=[provider])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", tensor)
+    binding.bind_output("y", "cpu")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0].numpy().astype(ml_dtypes.bfloat16)
+
+
+class DeviceWeights:
+    """A bundle's weights on a device, each once however many sessions read it."""
+
+    def __init__(self, value: Any, device: str):
+        self._value, self._device = value, device
+        self._files: dict[Path, np.ndarray] = {}
+        self._kept: dict[tuple, Any] = {}
+        self._owned: list[Any] = []
+
+    def share(self, options: Any, program: Path) -> None:
+        """Let the session that `options` open for an .onnx read the weights from here; BundleError for one that lies
+        beyond its file's end."""
+        for weight in external_weights(program.read_bytes()):
+            if weight.dtype in _TYPES:
+                options.add_initializer(weight.name, self._find(weight, program.parent))
+
+    def _find(self, weight: ExternalWeight, folder: Path) -> Any:
+        file = folder / weight.location
+        key = (file, weight.offset, weight.length, weight.dtype, weight.shape)
+        if key not in self._kept:
+            if file not in self._files:
+                self._files[file] = np.memmap(file, np.uint8, mode="r")
+            content = self._files[file][weight.offset : weight.offset + weight.length]
+            try:
+                array = content.view(_TYPES[weight.dtype]).reshape(weight.shape)
+            except ValueError as error:
+                raise BundleError(f"{file}: doesn't hold the weight {weight.name!r} as its program has it") from error
+            self._owned.append(on_device(self._value, array, self._device))
+            # Sessions share memory that isn't ONNX Runtime's own only: the same place, seen as somebody else's.
+            self._kept[key] = self._value.from_dlpack(self._owned[-1])
+        return self._kept[key]
+
+
+class Buffers:
+    """Buffers of state on a device, which go to other sequences when those that had them are gone.
+
+    Recorded steps hold addresses: buffers that were allocated anew for each generation would have to be recorded anew.
+    """
+
+    def __init__(self, value: Any, device: str):
+        self._value, self._device = value, device
+        self._free: dict[tuple, list[Any]] = {}
+
+    def take(self, name: str, array: np.ndarray) -> Any:
+        """A buffer for the state `name` that holds what `array` does."""
+        free = self._free.setdefault((name, array.shape, array.dtype), [])
+        if free:
+            inside = free.pop()
+            overwrite(made := self._value(inside), array)
+        else:
+            made = on_device(self._value, array, self._device)
+            inside = made._get_c_value()
+        weakref.finalize(made, _give_back, free, inside)
+        return made
+
+
+def _give_back(free: list[Any], inside: Any) -> None:
+    if len(free) < _SPARE:
+        free.append(inside)
