@@ -96,7 +96,7 @@ def build_bundle(
                     # What rounding is allowed to change would hide a small mistake in the programs.
                     with trial_bundle(target) as trial:
                         announce("the same at float32")
-                        exact = verified(work.attempt(trial, Precisions(), None), trial, limits, None, measure)
+                        exact = verified(work.attempt(trial, precisions.exact(), None), trial, limits, None, measure)
                 attempt = work.attempt(writer, precisions, exact)
                 expect_unchanged(eager, before)
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.

@@ -48,6 +48,10 @@ class Precisions:
             return self.language_model
         return self.encoders.get(part, self.encoders.get(ENCODER, "fp32"))
 
+    def exact(self) -> "Precisions":
+        """The same parts at float32, so that one which the model doesn't have is found with the first export."""
+        return Precisions(encoders=dict.fromkeys(self.encoders, "fp32"))
+
     def floor(self, least: float | None) -> QualityFloor | None:
         """What the bundle has to reach: the table's for the coarsest precision in it, or the agreement `least`."""
         if not self.lossy:
