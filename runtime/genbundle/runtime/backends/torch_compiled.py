@@ -55,12 +55,16 @@ def compiled_module(torch: Any, exported: Any, *, archive: bytes, device: str, p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """What a program was compiled to take; a size is a number, a symbol or an expression of symbols."""
+    """What a program was compiled to take; a size is a number, a symbol or an expression of symbols.
+
+    rows: those of the table in which its numbers are looked up.
+    """
 
     name: str
     dtype: Any
     device: str
     shape: tuple[Any, ...]
+    rows: int | None
 
     def expect(self, tensor: Any, sizes: dict[Any, int]) -> None:
         """ValueError for a tensor that the machine code would read past the end of, or misread.
@@ -75,6 +79,12 @@ class Input:
                 f"the input {self.name!r} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, compiled for "
                 f"{self.dtype} {list(self.shape)} on {self.device}, where {sizes}"
             )
+        # The code checks it too, but on a CPU inside of OpenMP's threads, where an exception ends the process. On a
+        # GPU, looking would mean to wait for it in each step.
+        if self.rows is not None and self.device == "cpu" and tensor.numel():
+            least, most = tensor.min().item(), tensor.max().item()
+            if least < 0 or most >= self.rows:
+                raise ValueError(f"the input {self.name!r} holds {least} to {most}, its table has {self.rows} rows")
 
 
 def _number(expected: Any, found: int, sizes: dict[Any, int]) -> Any:
@@ -125,12 +135,33 @@ def _lifted(exported: Any, program: str) -> tuple[list[Input], list[Any]]:
         (exported.constants if spec.target in exported.constants else exported.state_dict)[spec.target]
         for spec in signature.input_specs[:first]
     ]
-    values = [node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")]
+    nodes, rows = list(exported.graph.find_nodes(op="placeholder"))[first:], _table_rows(exported.graph)
     inputs = [
-        Input(name=name, dtype=value.dtype, device=value.device.type, shape=tuple(map(_size, value.shape)))
-        for name, value in zip(named.context, values[first:], strict=True)
+        Input(
+            name=name,
+            dtype=node.meta["val"].dtype,
+            device=node.meta["val"].device.type,
+            shape=tuple(map(_size, node.meta["val"].shape)),
+            rows=rows.get(node),
+        )
+        for name, node in zip(named.context, nodes, strict=True)
     ]
     return inputs, [weight.detach().contiguous() for weight in weights]
+
+
+def _table_rows(graph: Any) -> dict[Any, int]:
+    """For each node whose numbers are looked up in a table, as they are or in another shape, the table's rows."""
+    import torch
+
+    aten = torch.ops.aten
+    same = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default)
+    found: dict[Any, int] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.embedding.default):
+        table, index = node.args[:2]
+        while index.op == "call_function" and index.target in same:
+            index = index.args[0]
+        found[index] = min(table.meta["val"].shape[0], found.get(index, table.meta["val"].shape[0]))
+    return found
 
 
 def _size(size: Any) -> Any:
@@ -155,13 +186,15 @@ def _key(torch: Any, archive: bytes, device: str) -> str:
     """What a package depends on: the program, who compiles it with which settings, and the processors it is for."""
     from torch._inductor import config
 
+    settings = config.save_config_portable()
+    del settings["aot_inductor.metadata"]  # written by the last compilation
     gpu = [torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)] if device != "cpu" else []
     facts = {
         "version": _VERSION,
         "options": _OPTIONS,
         "program": hashlib.sha256(archive).hexdigest(),
         "torch": torch.__version__,
-        "settings": sorted((name, repr(value)) for name, value in config.save_config_portable().items()),
+        "settings": {name: repr(value) for name, value in settings.items()},
         "device": [device, *gpu],
         # Compiled with -march=native, and for a number of threads.
         "cpu": dict(torch.cpu.get_capabilities()),
@@ -187,6 +220,7 @@ def _load(torch: Any, package: Path, device: str) -> Any:
 def _compile(exported: Any, package: Path, program: str) -> None:
     """Compile the program into the file `package`, which appears there whole or not at all."""
     from torch._inductor import aot_compile
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
@@ -198,6 +232,7 @@ def _compile(exported: Any, package: Path, program: str) -> None:
         warnings.simplefilter("ignore")
         made = Path(work, "made.pt2")
         try:
+            get_cpp_compiler()  # raises where there is none, before the minutes that come first otherwise
             files: Any = aot_compile(exported.graph_module, examples, options=dict(_OPTIONS))
             package_aoti(str(made), files)
             _expect_open_sizes(examples)
