@@ -68,6 +68,13 @@ def test_torch_devices_that_are_none(bundle, device):
         load_bundle(made.path, device=device)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "xnnpack"])
+def test_only_torch_bundles_are_compiled(backend, bundle):
+    expected = rf"a '{backend}' bundle can't be compiled: .*only bundles built with the backend 'torch' can"
+    with pytest.raises(EngineError, match=expected):
+        load_bundle(bundle(backend=backend).path, compiled=True)
+
+
 def test_a_torch_bundle_of_another_version(bundle):
     with pytest.raises(EngineError, match=r"exported with torch 2\.1\.0, 2\.\d+\.\d+ is installed: install torch 2\.1"):
         load_bundle(bundle(backend="torch", packages={"torch": "2.1.0"}).path)

@@ -22,6 +22,7 @@ class Measurement:
 
     device: str
     threads: int | None
+    compiled: bool
     input: str
     load_seconds: float
     prompt_tokens: int
@@ -34,11 +35,12 @@ class Measurement:
 
 
 def measure(
-    path: Path, *, prompt_tokens: int = 128, new_tokens: int = 32, device: str | None = None, threads: int | None = None
-) -> Measurement:
+    path: Path, *, prompt_tokens: int = 128, new_tokens: int = 32, device: str | None = None,
+    threads: int | None = None, compiled: bool = False,
+) -> Measurement:  # fmt: skip
     """Generate greedily from random tokens (or a recorded input, where a prompt needs more than text) and time it."""
     begun = time.perf_counter()
-    model = load_bundle(path, device=device, threads=threads)
+    model = load_bundle(path, device=device, threads=threads, compiled=compiled)
     for program in model.bundle.manifest.programs:
         model.backend.program(program.name)
     load_seconds = time.perf_counter() - begun
@@ -57,6 +59,7 @@ def measure(
     return Measurement(
         device=model.backend.device,
         threads=threads,
+        compiled=compiled,
         input=name,
         load_seconds=load_seconds,
         prompt_tokens=timings.prompt_tokens,

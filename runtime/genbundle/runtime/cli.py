@@ -86,6 +86,9 @@ _DEVICE = click.option("--device", metavar="NAME", help="Where to run: cpu or cu
 _THREADS = click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads of the engine; its own choice by default."
 )
+_COMPILED = click.option(
+    "--compiled", is_flag=True, help="Compile the programs (of `torch` bundles) for this machine, the first time."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
@@ -117,10 +120,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text comes; may be given several times.")
 @_DEVICE
 @_THREADS
+@_COMPILED
 @_JSON
 def run(
     bundle: Path, prompt: str, images: tuple[str, ...], chat: bool | None, device: str | None, threads: int | None,
-    as_json: bool, stop: tuple[str, ...], **options: Any,
+    compiled: bool, as_json: bool, stop: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Generate from BUNDLE and stream the text to standard output; the speed goes to standard error.
 
@@ -138,7 +142,7 @@ def run(
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
     begun = time.perf_counter()
-    model = load_bundle(bundle, device=device, threads=threads)
+    model = load_bundle(bundle, device=device, threads=threads, compiled=compiled)
     for name in model.bundle.manifest.flow.step:  # opened now, so that the first step's time is a step's
         model.backend.program(name)
     loaded = time.perf_counter() - begun
@@ -227,8 +231,9 @@ def inspect(bundle: Path, svg: Path | None, as_json: bool) -> None:
 @_BUNDLE
 @_DEVICE
 @_THREADS
+@_COMPILED
 @_JSON
-def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path, device: str | None, threads: int | None, compiled: bool, as_json: bool) -> None:
     """Prove BUNDLE on this machine: every file's sha256, then the recorded generations, token by token.
 
     The records hold what the original model gave in float32. Neither the model nor transformers is needed. Exit code 2
@@ -246,7 +251,7 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
     from genbundle.runtime.quality import in_words, overall
     from genbundle.runtime.verify import verify_bundle
 
-    model = load_bundle(bundle, device=device, threads=threads)
+    model = load_bundle(bundle, device=device, threads=threads, compiled=compiled)
     model.bundle.verify_files()
     files = len(model.bundle.manifest.files)
     if not as_json:
@@ -281,10 +286,12 @@ def verify(bundle: Path, device: str | None, threads: int | None, as_json: bool)
 )
 @_DEVICE
 @_THREADS
+@_COMPILED
 @_JSON
 def bench(
-    bundle: Path, prompt_tokens: int, new_tokens: int, device: str | None, threads: int | None, as_json: bool
-) -> None:
+    bundle: Path, prompt_tokens: int, new_tokens: int, device: str | None, threads: int | None, compiled: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Time BUNDLE on this machine, for one sequence of random tokens, after a warm-up.
 
     A bundle that takes no text without a picture is timed on its first recorded input instead. Compare numbers from one
@@ -299,12 +306,15 @@ def bench(
 
     from genbundle.runtime.bench import measure
 
-    result = measure(bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, device=device, threads=threads)
+    result = measure(
+        bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, device=device, threads=threads, compiled=compiled
+    )
     if as_json:
         click.echo(json.dumps(asdict(result)))
         return
+    where = [result.device, *([f"{threads} threads"] if threads else []), *(["compiled"] if compiled else [])]
     rows = (
-        ("device", result.device if threads is None else f"{result.device}, {threads} threads"),
+        ("device", ", ".join(where)),
         ("input", result.input),
         ("load", f"{result.load_seconds:.2f} s"),
         ("prompt", f"{result.prompt_seconds:.3f} s for {result.prompt_tokens} tokens"),

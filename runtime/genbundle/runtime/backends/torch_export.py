@@ -11,12 +11,13 @@ import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
 from genbundle.runtime.backends.torch_archive import checked_archive
+from genbundle.runtime.backends.torch_compiled import compiled_module
 from genbundle.runtime.backends.torch_operators import register_operators
 from genbundle.runtime.program import Tensor
 
 
-def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "TorchBackend":
-    """Open a `torch` bundle on `device` ("cpu", "cuda" or "cuda:1"; "cpu" by default)."""
+def open_backend(bundle: Bundle, *, device: str | None, threads: int | None, compiled: bool = False) -> "TorchBackend":
+    """Open a `torch` bundle on `device` ("cpu", "cuda" or "cuda:1"; "cpu" by default), `compiled` by AOTInductor."""
     try:
         import torch
     except ImportError:
@@ -36,14 +37,14 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
     if threads is not None:
         torch.set_num_threads(threads)
     register_operators()
-    return TorchBackend(torch, bundle, device)
+    return TorchBackend(torch, bundle, device, compiled)
 
 
 class TorchBackend:
     """A bundle's programs, loaded one by one as they are needed."""
 
-    def __init__(self, torch: Any, bundle: Bundle, device: str):
-        self._torch, self._bundle = torch, bundle
+    def __init__(self, torch: Any, bundle: Bundle, device: str, compiled: bool):
+        self._torch, self._bundle, self._compiled = torch, bundle, compiled
         self.device = device
         self._programs: dict[str, TorchProgram] = {}
         self._weights: dict[str, Any] = {}
@@ -84,17 +85,23 @@ class TorchBackend:
             from torch.export.passes import move_to_device_pass
 
             exported = move_to_device_pass(exported, self.device)
+        if self._compiled:
+            where = f"{bundle.path}: the program {name!r}"
+            module = compiled_module(torch, exported, archive=archive.getvalue(), device=self.device, program=where)
+            return TorchProgram(torch, module, name, self.device)
         # The manifest's shapes are checked before; torch's own guards would be evaluated in Python on every step.
         return TorchProgram(torch, exported.module(check_guards=False), name, self.device)
 
     def _weight(self, name: str | None) -> Any:
-        """A weight of the shared file, mapped once however many programs read it."""
+        """A weight of the shared file, mapped once, and moved to the device once, however many programs read it."""
         if not self._weights:
             from safetensors.torch import load_file
 
             self._weights = load_file(self._bundle.file(self._bundle.manifest.weights or ""))
         if name not in self._weights:
             raise BundleError(f"{self._bundle.path}: the weights file holds no {name!r}")
+        if self.device != "cpu":
+            self._weights[name] = self._weights[name].to(self.device)  # itself, if it is there already
         return self._weights[name]
 
 
