@@ -16,7 +16,7 @@ from genbundle.builder.conditioning import with_rounding
 from genbundle.builder.exporting import first_line
 from genbundle.builder.limits import limits_of
 from genbundle.builder.loading import borrowed, expect_unchanged, load, settings_of
-from genbundle.builder.precision import Precisions, parse_precision
+from genbundle.builder.precision import parse_precision
 from genbundle.builder.progress import show_progress
 from genbundle.builder.rows import mixes_rows, one_at_a_time
 from genbundle.builder.samples import as_inputs, from_processor, make_samples
