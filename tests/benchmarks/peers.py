@@ -8,6 +8,7 @@ to 90th percentile).
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sysconfig
@@ -24,6 +25,21 @@ CAPACITY = 4096
 CONTEXTS = (128, 900)
 LONG = 3900
 PROMPTS, TURNS, STEPS = 3, 8, 3
+# What llama.cpp is compiled for: all that the processor says it has, as by default, but for AMX, whose registers
+# virtual machines may list and refuse: it ends with an illegal instruction then.
+CPU_FEATURES = {
+    "avx": "AVX",
+    "avx2": "AVX2",
+    "avx512_bf16": "AVX512_BF16",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512f": "AVX512",
+    "avx512vbmi": "AVX512_VBMI",
+    "avx_vnni": "AVX_VNNI",
+    "bmi2": "BMI2",
+    "f16c": "F16C",
+    "fma": "FMA",
+    "sse4_2": "SSE42",
+}
 LAUNCHES = 2  # how fast a process reads its memory depends on where the system placed it
 # Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
 # its own, isn't counted either.
@@ -66,7 +82,8 @@ def prepare(root: Path, bundles: Iterable[str]) -> dict[str, tuple[str, str, tup
         in_process("make_model", str(model), "full")
     if not python.exists():
         venv.create(root / "environment", with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        settings = {**os.environ, "CMAKE_ARGS": _compiled_for()}
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True, env=settings)
         # GenAI's model builder needs torch and transformers: the project's own.
         packages = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, check=True
@@ -201,6 +218,15 @@ def main() -> None:
         (options.folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
         python, script = options.folder / "environment" / "bin" / "python", Path(__file__).with_name("peer_plot.py")
         subprocess.run([python, script, options.folder / "rows.json", options.plot], check=True)
+
+
+def _compiled_for() -> str:
+    """CMake's arguments for llama.cpp here; none, and so its own choice, where the system doesn't list features."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    features = next((line.split() for line in lines if line.startswith("flags")), [])
+    named = [f"-DGGML_{CPU_FEATURES[name]}=ON" for name in sorted(CPU_FEATURES.keys() & features)]
+    return " ".join(["-DGGML_NATIVE=OFF", *named]) if named else ""
 
 
 def _bytes(path: Path) -> int:
