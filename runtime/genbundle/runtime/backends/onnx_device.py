@@ -1,5 +1,6 @@
 """What stays on a GPU between calls of ONNX Runtime: weights that programs share, and buffers of state."""
 
+import functools
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,12 +53,17 @@ def as_numpy(onnxruntime: Any, tensor: Any, provider: str) -> np.ndarray:
     """What an OrtValue holds; bfloat16 as ml_dtypes has it."""
     if tensor.element_type() != BFLOAT16:
         return tensor.numpy()
-    session = onnxruntime.InferenceSession(_WIDEN, providers=[provider])
+    session = _widening(onnxruntime, provider)
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", tensor)
     binding.bind_output("y", "cpu")
     session.run_with_iobinding(binding)
     return binding.get_outputs()[0].numpy().astype(ml_dtypes.bfloat16)
+
+
+@functools.cache
+def _widening(onnxruntime: Any, provider: str) -> Any:
+    return onnxruntime.InferenceSession(_WIDEN, providers=[provider])
 
 
 class DeviceWeights:
