@@ -3,6 +3,7 @@ but for the recording itself."""
 
 import gc
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx_ir as ir
@@ -11,12 +12,13 @@ import pytest
 
 from genbundle.builder import build_bundle
 from genbundle.builder.attention import BufferLayer
-from genbundle.bundles import open_bundle
+from genbundle.bundles import EngineError, open_bundle
 from genbundle.runtime import Model
-from genbundle.runtime.backends import onnx_steps
+from genbundle.runtime.backends import onnx_device, onnx_steps
 from genbundle.runtime.backends.onnx_device import overwrite
 from genbundle.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from genbundle.runtime.generate import steps
+from genbundle.runtime.rewind import rewind
 from tests.parity.test_parity import arrays, eager, padded
 from tests.zoo import models
 
@@ -53,7 +55,31 @@ def test_one_recording_for_each_size_however_many_generations(bundle):
         got = model.generate(**arrays(inputs), max_new_tokens=12)
         np.testing.assert_array_equal(got.sequences, expected)
         gc.collect()
-    assert {size: step._made for size, step in fixed(model).items()} == {(1, 256): 1, (3, 256): 1}
+    assert set(fixed(model)) == {(1, 256), (3, 256)} and all(step.recorded for step in fixed(model).values())
+
+
+def test_a_recording_is_one_of_buffers_that_go_from_generation_to_generation(bundle):
+    model = kept(bundle("llama", "cuda"))
+    model.generate(**arrays(ONE), max_new_tokens=12)
+    gc.collect()
+    before = fixed(model)[1, 256]
+    for _ in range(3):
+        model.generate(**arrays(ONE), max_new_tokens=12)
+        gc.collect()
+    assert fixed(model)[1, 256] is before
+    assert all(len(sizes) == 1 for sizes in model.backend._buffers._kept.values())
+
+
+def test_buffers_that_no_longer_stay_are_recorded_anew(bundle, monkeypatch):
+    monkeypatch.setattr(onnx_device, "_SIZES", 1)
+    model, source = kept(bundle("llama", "cuda")), models.make("llama")
+    for inputs in (ONE, THREE, ONE, ONE):
+        expected = eager(source, inputs, max_new_tokens=12)
+        np.testing.assert_array_equal(model.generate(**arrays(inputs), max_new_tokens=12).sequences, expected)
+        gc.collect()
+    buffers = model.backend._buffers
+    assert len(buffers._addresses) == len(buffers._kept)
+    assert buffers.stay(fixed(model)[1, 256].recorded)
 
 
 def test_a_generation_that_outgrows_its_buffers(bundle, monkeypatch):
@@ -67,13 +93,57 @@ def test_a_generation_that_outgrows_its_buffers(bundle, monkeypatch):
 
 def test_two_generations_at_once_have_buffers_of_their_own(bundle):
     model, source = kept(bundle("llama", "cuda")), models.make("llama")
-    prompts = [{"input_ids": models.text_ids(size, seed=size)} for size in (9, 17)]
+    prompts = [{"input_ids": models.text_ids(size, seed=size)} for size in (9, 17, 5)]
     streams = [model.stream(**arrays(prompt), max_new_tokens=12) for prompt in prompts]
-    together = [(one.token_id, other.token_id) for one, other in zip(*streams, strict=True)]
+    together = [[chunk.token_id for chunk in chunks] for chunks in zip(*streams, strict=True)]
     for index, prompt in enumerate(prompts):
         expected = eager(source, prompt, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
-        assert [pair[index] for pair in together] == expected.tolist()
-    assert fixed(model)[1, 256]._made == 2
+        assert [row[index] for row in together] == expected.tolist()
+    gc.collect()
+    assert all(len(sizes) == 1 for sizes in model.backend._buffers._kept.values())
+
+
+def test_threads(bundle):
+    model, source = kept(bundle("llama", "cuda")), models.make("llama")
+    prompts = [{"input_ids": models.text_ids(size, seed=size)} for size in (9, 17, 5, 30)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda prompt: model.generate(**arrays(prompt), max_new_tokens=12).sequences, prompts))
+    for prompt, sequences in zip(prompts, got, strict=True):
+        np.testing.assert_array_equal(sequences, eager(source, prompt, max_new_tokens=12))
+
+
+def test_rewound_sequences_go_on(bundle):
+    model, source = kept(bundle("llama", "cuda")), models.make("llama")
+    expected = eager(source, ONE, max_new_tokens=12, eos_token_id=None)[0, 21:]
+    logits, sequences = model.wiring.prompt({**arrays(ONE), "attention_mask": np.ones((1, 21), np.int64)})
+    for _ in range(2):
+        taken = []
+        for _ in range(8):
+            taken.append(int(logits[0].argmax()))
+            logits = model.wiring.step(np.array([[taken[-1]]]), sequences)
+        assert taken == expected[:8].tolist()
+        rewind(model.wiring, sequences, 21)
+        logits = model.wiring.step(np.array([[expected[0]]]), sequences)
+        rewind(model.wiring, sequences, 20)
+        logits = model.wiring.step(arrays(ONE)["input_ids"][:, 20:], sequences)
+
+
+def test_tokens_of_another_type_are_refused_not_misread(bundle):
+    model = kept(bundle("llama", "cuda"))
+    list(steps_of(model, ONE))
+    _, sequences = model.wiring.prompt({**arrays(ONE), "attention_mask": np.ones((1, 21), np.int64)})
+    with pytest.raises(EngineError, match="int32"):
+        model.wiring.step(np.array([[5]], np.int32), sequences)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llava"])
+def test_windows_and_pictures(name, bundle):
+    model, source = kept(bundle(name, "cuda")), models.make(name)
+    inputs = models.image_inputs(name, 6, 9, seed=20, grid=(1, 4, 4)) if name == "llava" else THREE
+    np.testing.assert_array_equal(
+        model.generate(**arrays(inputs), max_new_tokens=14).sequences, eager(source, inputs, max_new_tokens=14)
+    )
+    assert fixed(model)
 
 
 def test_logits_of_a_step_stay_when_the_next_is_taken(bundle):
@@ -107,7 +177,7 @@ def test_sessions_read_one_copy_of_the_weights(bundle):
         overwrite(value, np.zeros_like(shared.numpy()))
     for step in steps_of(model, ONE):  # the prompt's session, then the steps' two
         assert np.abs(step.logits).max() < 1e-6
-    assert fixed(model)[1, 256]._made > 0
+    assert fixed(model)[1, 256].recorded
 
 
 def test_sessions_of_fixed_sizes_compute_no_shapes(bundle, tmp_path):

@@ -18,13 +18,15 @@ class State:
     Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand. What is
     written in place is a buffer with room for more than `length`; it grows by halves, so that copying it stays cheap.
 
-    most: how many tokens the sequences may get; None where that isn't known.
+    most: how many tokens the sequences may get; None where that isn't known. capacity: how many any may get.
     """
 
-    def __init__(self, entries: tuple[StateEntry, ...], batch: int, most: int | None = None):
+    def __init__(
+        self, entries: tuple[StateEntry, ...], batch: int, most: int | None = None, capacity: int | None = None
+    ):
         self._axes = {entry.name: entry.axis for entry in entries if entry.axis is not None}
         self._rooms: dict[str, int] = {}  # how many tokens a buffer holds; other tensors are as long as the sequences
-        self.length, self.most = 0, most
+        self.length, self.most, self._capacity = 0, most, capacity
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
     def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str], written: Collection[str]) -> None:
@@ -39,12 +41,13 @@ class State:
     ) -> Tensor:
         """The tensor of an entry that is written in place, with room for `new` more tokens.
 
-        few_sizes: rooms are powers of two, whatever the sequences will get, for programs that are made ready for each.
+        few_sizes: rooms are powers of two, or the capacity, for programs that are made ready for each.
         """
         needed = self.length + new
         if self._rooms.get(name, self.length) < needed:
             if few_sizes:
                 room = max(_ROOM, 1 << (needed - 1).bit_length())
+                room = room if self._capacity is None else max(needed, min(room, self._capacity))
             else:
                 room = max(needed + _ROOM, needed * 3 // 2)
                 room = room if self.most is None else max(needed, min(room, self.most))

@@ -94,7 +94,7 @@ class Wiring:
 
     def _begin(self, inputs: dict[str, np.ndarray], route: Route, most: int | None) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
-        state = State(self.manifest.state, len(ids), most)
+        state = State(self.manifest.state, len(ids), most, self.manifest.flow.capacity)
         kept = {name: array for name, array in inputs.items() if name in self._step_inputs}
         sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
@@ -151,6 +151,9 @@ class Wiring:
                 raise BundleError(
                     f"the steps go on with {sorted(steps)}, which the prompt {route.programs} never begins"
                 )
+        routes = (route for route in self.manifest.flow.prompt if route.one_by_one and len(route.programs) > 1)
+        for name in self._whole.intersection(route.programs[-1] for route in routes):
+            raise BundleError(f"{name!r} takes prompts token by token, and its mask hides none of them")
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
             for name in names:

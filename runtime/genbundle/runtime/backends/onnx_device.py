@@ -2,7 +2,9 @@
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ _WIDEN = (
     b'\x08\t:2\n\x17\n\x01x\x12\x01y"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02\x12\x01gZ\t\n\x01x\x12\x04\n\x02\x08\x10b'
     b"\t\n\x01y\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14"
 )
-_SPARE = 2  # buffers of one size that are kept for the next sequences
+_SIZES = 8  # of the buffers of one state that are kept for the next sequences
 
 
 def on_device(value: Any, array: np.ndarray, device: str) -> Any:
@@ -76,8 +78,8 @@ class DeviceWeights:
         self._owned: list[Any] = []
 
     def share(self, options: Any, program: Path) -> None:
-        """Let the session that `options` open for an .onnx read the weights from here; BundleError for one that lies
-        beyond its file's end."""
+        """Let the session that `options` open for an .onnx read the weights from here, but for those of types that
+        numpy lacks; BundleError for one that lies beyond its file's end."""
         for weight in external_weights(program.read_bytes()):
             if weight.dtype in _TYPES:
                 options.add_initializer(weight.name, self._find(weight, program.parent))
@@ -93,35 +95,51 @@ class DeviceWeights:
                 array = content.view(_TYPES[weight.dtype]).reshape(weight.shape)
             except ValueError as error:
                 raise BundleError(f"{file}: doesn't hold the weight {weight.name!r} as its program has it") from error
-            self._owned.append(on_device(self._value, array, self._device))
+            owned = on_device(self._value, array, self._device)
+            self._owned.append(owned)
             # Sessions share memory that isn't ONNX Runtime's own only: the same place, seen as somebody else's.
-            self._kept[key] = self._value.from_dlpack(self._owned[-1])
+            self._kept[key] = self._value.from_dlpack(owned)
         return self._kept[key]
 
 
 class Buffers:
-    """Buffers of state on a device, which go to other sequences when those that had them are gone.
-
-    Recorded steps hold addresses: buffers that were allocated anew for each generation would have to be recorded anew.
-    """
+    """Buffers of state on a device. Of each size one stays, and goes to other sequences when those that had it are
+    gone: recorded steps hold addresses. Sequences that come meanwhile get others, which end with them."""
 
     def __init__(self, value: Any, device: str):
         self._value, self._device = value, device
-        self._free: dict[tuple, list[Any]] = {}
+        self._kept: dict[str, OrderedDict[tuple, _Kept]] = {}
+        self._addresses: set[int] = set()
 
     def take(self, name: str, array: np.ndarray) -> Any:
         """A buffer for the state `name` that holds what `array` does."""
-        free = self._free.setdefault((name, array.shape, array.dtype), [])
-        if free:
-            inside = free.pop()
-            overwrite(made := self._value(inside), array)
+        kept = self._kept.setdefault(name, OrderedDict())
+        size = (array.shape, array.dtype)
+        found = kept.get(size)
+        if found is not None and found.taken:
+            return on_device(self._value, array, self._device)
+        if found is None:
+            inside = on_device(self._value, array, self._device)._get_c_value()
+            found = kept[size] = _Kept(inside)
+            made = self._value(inside)
+            self._addresses.add(made.data_ptr())
+            if len(kept) > _SIZES:
+                _, oldest = kept.popitem(last=False)
+                self._addresses.discard(self._value(oldest.inside).data_ptr())
         else:
-            made = on_device(self._value, array, self._device)
-            inside = made._get_c_value()
-        weakref.finalize(made, _give_back, free, inside)
+            kept.move_to_end(size)
+            made = self._value(found.inside)
+            overwrite(made, array)
+        found.taken = True
+        weakref.finalize(made, setattr, found, "taken", False)
         return made
 
+    def stay(self, addresses: Iterable[int]) -> bool:
+        """Whether buffers at these addresses go to other sequences."""
+        return self._addresses.issuperset(addresses)
 
-def _give_back(free: list[Any], inside: Any) -> None:
-    if len(free) < _SPARE:
-        free.append(inside)
+
+@dataclass(slots=True)
+class _Kept:
+    inside: Any
+    taken: bool = False

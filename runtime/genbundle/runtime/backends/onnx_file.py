@@ -1,6 +1,7 @@
 """Which files an .onnx names, and where its weights lie in them, read from its bytes: ONNX Runtime opens any file that
 lies beside it, listed or not, and each of its sessions would have weights of its own on a GPU."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,9 @@ def named_files(content: bytes) -> set[str]:
     return found
 
 
+_WHOLE = re.compile(rb"[0-9]{1,18}")
+
+
 @dataclass(frozen=True, slots=True)
 class ExternalWeight:
     """A weight in another file: its `length` bytes from `offset` on are numbers of ONNX's type `dtype`."""
@@ -53,21 +57,24 @@ def external_weights(content: bytes) -> list[ExternalWeight]:
 
 
 def _external(tensor: memoryview) -> ExternalWeight | None:
-    numbers = list(_numbers(tensor))
-    fields = list(_fields(tensor))
-    entries = [dict(_fields(value)) for field, value in fields if field == 13]
-    where = {bytes(entry.get(1, b"")): bytes(entry.get(2, b"")) for entry in entries}
-    if not {b"location", b"offset", b"length"} <= where.keys():
+    """None for a weight inside the model, and for one that is written as no library writes it."""
+    shape, dtype, name, where = [], 0, b"", {}
+    for field, value in _each(tensor):
+        if isinstance(value, int):
+            shape += [value] if field == 1 else []
+            dtype = value if field == 2 else dtype
+        elif field == 1:
+            shape += _packed(value)
+        elif field == 8:
+            name = bytes(value)
+        elif field == 13:
+            entry = dict(_fields(value))
+            where[bytes(entry.get(1, b""))] = bytes(entry.get(2, b""))
+    offset, length = where.get(b"offset", b""), where.get(b"length", b"")
+    if b"location" not in where or not (_WHOLE.fullmatch(offset) and _WHOLE.fullmatch(length)):
         return None
-    packed = [number for field, value in fields if field == 1 for number in _packed(value)]
-    return ExternalWeight(
-        name=bytes(dict(fields).get(8, b"")).decode("utf-8"),
-        dtype=dict(numbers).get(2, 0),
-        shape=tuple(packed or [number for field, number in numbers if field == 1]),
-        location=where[b"location"].decode("utf-8"),
-        offset=int(where[b"offset"]),
-        length=int(where[b"length"]),
-    )
+    location = where[b"location"].decode("utf-8")
+    return ExternalWeight(name.decode("utf-8"), dtype, tuple(shape), location, int(offset), int(length))
 
 
 def _packed(value: memoryview) -> Iterator[int]:
@@ -80,11 +87,6 @@ def _packed(value: memoryview) -> Iterator[int]:
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and bytes of each field that has a length."""
     return ((field, value) for field, value in _each(message) if isinstance(value, memoryview))
-
-
-def _numbers(message: memoryview) -> Iterator[tuple[int, int]]:
-    """Number and value of each field that is a whole number."""
-    return ((field, value) for field, value in _each(message) if isinstance(value, int))
 
 
 def _each(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:

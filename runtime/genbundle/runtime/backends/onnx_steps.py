@@ -6,22 +6,20 @@ https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#usin
 """
 
 import logging
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import CAPACITY, Program
-from genbundle.runtime.backends.onnx_device import on_device, overwrite
+from genbundle.runtime.backends.onnx_device import Buffers, on_device, overwrite
 from genbundle.runtime.program import Tensor
 
 # A session takes as long to open as some hundred steps: short answers do without.
 WORTHWHILE = 16
-_RECORDINGS = 8  # of one size at a time, each for buffers of its own
+_SESSIONS = 8  # that are open at a time
 
 Sizes = dict[str, int]
 
@@ -43,72 +41,99 @@ class FixedSteps:
     """A program's steps, with a session for each number of sequences and size of buffers.
 
     open_session: gives a session for these sizes of the graph's axes, or raises where the engine has none that can be
-    recorded; steps then go on without.
+    recorded; steps then go on without. buffers: those that stay, of which a step is recorded; others' steps run in the
+    same session as they are. Calls come one at a time.
     """
 
-    def __init__(self, entry: Program, open_session: Callable[[Sizes], Any], onnxruntime: Any, device: str):
+    def __init__(
+        self, entry: Program, open_session: Callable[[Sizes], Any], onnxruntime: Any, device: str, buffers: Buffers
+    ):
         self._entry, self._open_session, self._ort, self._device = entry, open_session, onnxruntime, device
-        self._buffers = [item.name for item in entry.inputs if item.source.kind == "state"]
+        self._items = {item.name: item for item in entry.inputs}
+        self._names = [item.name for item in entry.inputs if item.source.kind == "state"]
+        self._pool = buffers
         self._seen: Counter[tuple] = Counter()
-        self._steps: dict[tuple, _FixedStep | None] = {}
-        self._lock = threading.Lock()  # a recorded step's inputs and results lie at one place
+        self._steps: OrderedDict[tuple, _FixedStep] = OrderedDict()
+        self._refused: set[tuple] = set()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The outputs, those in place as they went in; None where this call isn't one of these steps.
 
         inputs: numpy arrays, but for the buffers, which are OrtValues on the device.
         """
-        arrays = {name: tensor for name, tensor in inputs.items() if name not in self._buffers}
-        if not all(isinstance(tensor, np.ndarray) for tensor in arrays.values()):
+        arrays = {name: tensor for name, tensor in inputs.items() if name not in self._names}
+        if not all(name in inputs for name in self._names) or not all(map(self._fits, arrays, arrays.values())):
             return None
         sizes = self._sizes(inputs)
         if sizes.get("sequence", 1) != 1:
             return None
         key = tuple(sorted(sizes.items()))
-        if key not in self._steps:
-            self._seen[key] += 1
-            if self._seen[key] < WORTHWHILE:
-                return None
-            self._steps[key] = self._open(sizes)
-        step = self._steps[key]
-        try:
-            with self._lock:
-                return None if step is None else step(arrays, {name: inputs[name] for name in self._buffers})
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            self._give_up(key, error)
+        if key in self._refused or not self._ready(key, sizes):
             return None
+        self._steps.move_to_end(key)
+        step, buffers = self._steps[key], {name: inputs[name] for name in self._names}
+        where = tuple(buffer.data_ptr() for buffer in buffers.values())
+        stay = self._pool.stay(where)
+        if stay and step.recorded not in (None, where):
+            # What it recorded writes into buffers that don't stay any more: another session, at the next step.
+            del self._steps[key]
+            self._seen[key] = WORTHWHILE
+            return None
+        try:
+            return step(arrays, buffers, where if stay else None)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            if step.recorded is not None:
+                raise
+            self._refuse(key, error)  # what it couldn't record was run to its end or not at all
+            return None
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        """Whether it is an array of the type and the fixed sizes that the program has: it is copied as bytes."""
+        item = self._items[name]
+        return (
+            isinstance(tensor, np.ndarray)
+            and tensor.dtype == numpy_dtype(item.dtype)
+            and tensor.ndim == len(item.shape)
+            and all(isinstance(size, str) or size == got for size, got in zip(item.shape, tensor.shape, strict=True))
+        )
 
     def _sizes(self, inputs: Mapping[str, Tensor]) -> Sizes:
         found: Sizes = {}
-        for item in self._entry.inputs:
-            tensor = inputs[item.name]
+        for name, tensor in inputs.items():
             shape = tensor.shape if isinstance(tensor, np.ndarray) else tensor.shape()
-            found |= {symbol: size for symbol, size in zip(item.shape, shape, strict=True) if isinstance(symbol, str)}
+            sizes = zip(self._items[name].shape, shape, strict=True)
+            found |= {symbol: size for symbol, size in sizes if isinstance(symbol, str)}
         return found
 
-    def _open(self, sizes: Sizes) -> "_FixedStep | None":
+    def _ready(self, key: tuple, sizes: Sizes) -> bool:
+        """Whether there is a session for these sizes, opened here when it is worth that."""
+        if key in self._steps:
+            return True
+        self._seen[key] += 1
+        if self._seen[key] < WORTHWHILE:
+            return False
+        del self._seen[key]
         try:
-            return _FixedStep(self._entry, self._open_session(sizes), sizes, self._ort, self._device)
+            self._steps[key] = _FixedStep(self._entry, self._open_session(sizes), sizes, self._ort, self._device)
         except Exception as error:  # as above
-            self._give_up(tuple(sorted(sizes.items())), error)
-            return None
+            self._refuse(key, error)
+            return False
+        if len(self._steps) > _SESSIONS:
+            self._steps.popitem(last=False)
+        return True
 
-    def _give_up(self, key: tuple, error: Exception) -> None:
-        self._steps[key] = None
+    def _refuse(self, key: tuple, error: Exception) -> None:
+        self._steps.pop(key, None)
+        self._refused.add(key)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         logging.getLogger(__name__).warning("%s: steps aren't recorded at %s: %s", self._entry.name, dict(key), reason)
 
 
-@dataclass(frozen=True, slots=True)
-class _Recording:
-    """What a step of one set of buffers is bound to, under its number in the session."""
-
-    binding: Any
-    options: Any
-
-
 class _FixedStep:
-    """A session of fixed sizes. What goes in and out lies at the same places in every call."""
+    """A session of fixed sizes. What goes in and out lies at the same places in every call.
+
+    recorded: the addresses of the buffers that its recording writes into, None before there is one.
+    """
 
     def __init__(self, entry: Program, session: Any, sizes: Sizes, onnxruntime: Any, device: str):
         self._session, self._ort, self._device = session, onnxruntime, device
@@ -121,28 +146,33 @@ class _FixedStep:
                 empty = np.zeros(shape, numpy_dtype(item.dtype))
                 self._results[item.name] = on_device(onnxruntime.OrtValue, empty, device)
         self._given: dict[str, Any] = {}
-        self._recordings: OrderedDict[tuple[int, ...], _Recording] = OrderedDict()
-        self._made = 0
+        self._binding: Any = None
+        self.recorded: tuple[int, ...] | None = None
 
-    def __call__(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run it: numpy arrays but for what was written in place."""
+    def __call__(
+        self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, Any], where: tuple[int, ...] | None
+    ) -> dict[str, Tensor]:
+        """Run it: numpy arrays but for what was written in place.
+
+        where: the buffers' addresses if it is to be recorded, or was; None for buffers of which it isn't.
+        """
         for name, array in arrays.items():
             if name in self._given:
                 overwrite(self._given[name], array)
             else:
                 self._given[name] = on_device(self._ort.OrtValue, array, self._device)
-        where = tuple(buffer.data_ptr() for buffer in buffers.values())
-        if where not in self._recordings:
-            self._recordings[where] = self._bind(buffers)
-            if len(self._recordings) > _RECORDINGS:
-                self._recordings.popitem(last=False)
-        recording = self._recordings[where]
-        self._session.run_with_iobinding(recording.binding, recording.options)
+        # A session keeps what it recorded as long as it lives, so it records one set of buffers.
+        if where is not None and self._binding is None:
+            self._binding = self._bind(buffers)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1" if where is None else "1")
+        self._session.run_with_iobinding(self._bind(buffers) if where is None else self._binding, options)
+        self.recorded = where or self.recorded
         results = {name: np.array(value.numpy()) for name, value in self._results.items()}
         return results | {name: buffers[source] for name, source in self._in_place.items()}
 
-    def _bind(self, buffers: Mapping[str, Any]) -> _Recording:
-        binding, options = self._session.io_binding(), self._ort.RunOptions()
+    def _bind(self, buffers: Mapping[str, Any]) -> Any:
+        binding = self._session.io_binding()
         taken = {item.name for item in self._session.get_inputs()}
         # Other handles on the buffers: a binding keeps what it's given, and buffers go on to other sequences.
         buffers = {name: self._ort.OrtValue(buffer._get_c_value()) for name, buffer in buffers.items()}
@@ -152,7 +182,4 @@ class _FixedStep:
         for output in self._session.get_outputs():
             source = self._in_place.get(output.name)
             binding.bind_ortvalue_output(output.name, buffers[source] if source else self._results[output.name])
-        self._made += 1
-        # Never the number of a recording that was dropped: its addresses are others' by now.
-        options.add_run_config_entry("gpu_graph_id", str(self._made))
-        return _Recording(binding, options)
+        return binding

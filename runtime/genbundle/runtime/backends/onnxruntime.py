@@ -1,6 +1,8 @@
 """ONNX Runtime, CPU and CUDA providers: tensors stay in the engine from call to call."""
 
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,6 +17,7 @@ from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.backends.onnx_steps import FixedSteps, Sizes, has_fixed_steps
 from genbundle.runtime.program import Tensor
 
+_ON_DEVICE = threading.RLock()
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -34,6 +37,12 @@ def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> 
             f"{bundle.path}: no CUDA provider here (ONNX Runtime has {', '.join(available)}): "
             f"pip install 'genbundle[onnx-gpu]' where a GPU is{_or_the_cpu(bundle)}"
         )
+    if device == "cuda":
+        try:  # else the first weight would be what can't be put there
+            on_device(onnxruntime.OrtValue, np.zeros(1, np.float32), device)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise _not_started(bundle, _PROVIDERS[device], reason) from error
     return OnnxRuntimeBackend(onnxruntime, bundle, device, threads)
 
 
@@ -42,7 +51,7 @@ class OnnxRuntimeBackend:
     GPU.
 
     kept: whether weights and buffers are on the device for good, and steps of fixed sizes are recorded; on a GPU unless
-    said otherwise.
+    said otherwise, since tests do so on the CPU.
     """
 
     def __init__(self, onnxruntime: Any, bundle: Bundle, device: str, threads: int | None, *, kept: bool | None = None):
@@ -52,18 +61,23 @@ class OnnxRuntimeBackend:
         self._weights = DeviceWeights(onnxruntime.OrtValue, device)
         self._buffers = Buffers(onnxruntime.OrtValue, device)
         self._programs: dict[str, OnnxProgram] = {}
+        # While a step is recorded, nothing else may be asked of the GPU, by any thread or other bundle:
+        # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#using-cuda-graphs-preview
+        self._lock = _ON_DEVICE if self._kept else nullcontext()
 
     def program(self, name: str) -> "OnnxProgram":
         """The program of that name, opened when it is first asked for."""
         if name not in self._programs:
-            self._programs[name] = self._open(name)
+            with self._lock:
+                self._programs[name] = self._programs.get(name) or self._open(name)
         return self._programs[name]
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """An OrtValue (or a numpy array) as a numpy array; float16 and bfloat16 as they are."""
         if isinstance(tensor, np.ndarray):
             return tensor
-        return as_numpy(self._onnxruntime, tensor, _PROVIDERS[self.device])
+        with self._lock:
+            return as_numpy(self._onnxruntime, tensor, _PROVIDERS[self.device])
 
     def _open(self, name: str) -> "OnnxProgram":
         entry = self._bundle.manifest.program(name)
@@ -76,8 +90,11 @@ class OnnxRuntimeBackend:
         session, in_place, ort = self._session(entry), _in_place(entry), self._onnxruntime
         if not self._kept:
             return OnnxProgram(ort, session, name, self.device, in_place)
-        steps = FixedSteps(entry, partial(self._session, entry), ort, self.device) if has_fixed_steps(entry) else None
-        return OnnxProgram(ort, session, name, self.device, in_place, buffers=self._buffers, steps=steps)
+        steps = None
+        if has_fixed_steps(entry):
+            steps = FixedSteps(entry, partial(self._session, entry), ort, self.device, self._buffers)
+        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
+        return OnnxProgram(ort, session, name, self.device, in_place, **kept)
 
     def _session(self, entry: Program, sizes: Sizes | None = None) -> Any:
         """A session of a program; with `sizes`, for these alone, recorded where a GPU is."""
@@ -90,18 +107,15 @@ class OnnxRuntimeBackend:
         try:
             if self._kept:
                 self._weights.share(options, file)
-            session = ort.InferenceSession(str(file), options, providers=[(provider, settings)])
+            # Its fallback would open all of it on the CPU, after a line on stdout, before we could look.
+            session = ort.InferenceSession(str(file), options, providers=[(provider, settings)], enable_fallback=0)
         except BundleError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"{self._bundle.path}: ONNX Runtime can't open {entry.file}: {error}") from error
         if provider not in session.get_providers():
             # It goes on with the CPU, and says so only in its log.
-            others, instead = ", ".join(session.get_providers()), _or_the_cpu(self._bundle)
-            raise EngineError(
-                f"{self._bundle.path}: ONNX Runtime couldn't start its {provider} here and would run {entry.file} with "
-                f"{others}: check the GPU's driver, CUDA and cuDNN{instead}"
-            )
+            raise _not_started(self._bundle, provider, f"it would run {entry.file} with {session.get_providers()[0]}")
         return session
 
     def _options(self, entry: Program) -> Any:
@@ -135,6 +149,13 @@ class OnnxRuntimeBackend:
                 raise BundleError(f"{file}: reads the file {name!r}, which the manifest doesn't list")
 
 
+def _not_started(bundle: Bundle, provider: str, detail: str) -> EngineError:
+    return EngineError(
+        f"{bundle.path}: ONNX Runtime couldn't start its {provider} here ({detail}): check the GPU's driver, CUDA and "
+        f"cuDNN{_or_the_cpu(bundle)}"
+    )
+
+
 def _or_the_cpu(bundle: Bundle) -> str:
     """What else to do where no GPU is: nothing with bfloat16, which the CPU can't."""
     narrow = any(program.precision == "bf16" for program in bundle.manifest.programs)
@@ -152,7 +173,7 @@ class OnnxProgram:
     """One session: numpy arrays or OrtValues in, OrtValues out.
 
     in_place: as `_in_place` returns it; such an output is the very tensor that went in. buffers: where those come from
-    if they stay on the device. steps: what takes steps of fixed sizes, if the program has such.
+    if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held meanwhile.
     """
 
     def __init__(
@@ -165,35 +186,40 @@ class OnnxProgram:
         *,
         buffers: Buffers | None = None,
         steps: FixedSteps | None = None,
+        lock: AbstractContextManager[Any] | None = None,
     ):
         self._value = onnxruntime.OrtValue
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
-        self._buffers, self._steps = buffers, steps
+        self._buffers, self._steps, self._lock = buffers, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
         try:
-            if self._buffers is not None:
-                fresh = {name: inputs[name] for name in self._in_place.values()}
-                fresh = {name: array for name, array in fresh.items() if isinstance(array, np.ndarray)}
-                inputs = {**inputs, **{name: self._buffers.take(name, array) for name, array in fresh.items()}}
-            if self._steps is not None and (done := self._steps(inputs)) is not None:
-                return done
-            binding = self.session.io_binding()
-            given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
-            for name, tensor in given.items():
-                binding.bind_ortvalue_input(name, tensor)
-            written = {name: given[source] for name, source in self._in_place.items()}
-            # Unbound outputs come back to the CPU: state would cross the bus twice a step.
-            for name in self.outputs:
-                if name in written:
-                    binding.bind_ortvalue_output(name, written[name])
-                else:
-                    binding.bind_output(name, self._device)
-            self.session.run_with_iobinding(binding)
+            with self._lock:
+                return self._run(inputs)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed in the program {self.name!r}: {error}") from error
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._buffers is not None:
+            fresh = {name: inputs[name] for name in self._in_place.values()}
+            fresh = {name: array for name, array in fresh.items() if isinstance(array, np.ndarray)}
+            inputs = {**inputs, **{name: self._buffers.take(name, array) for name, array in fresh.items()}}
+        if self._steps is not None and (done := self._steps(inputs)) is not None:
+            return done
+        binding = self.session.io_binding()
+        given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
+        for name, tensor in given.items():
+            binding.bind_ortvalue_input(name, tensor)
+        written = {name: given[source] for name, source in self._in_place.items()}
+        # Unbound outputs come back to the CPU: state would cross the bus twice a step.
+        for name in self.outputs:
+            if name in written:
+                binding.bind_ortvalue_output(name, written[name])
+            else:
+                binding.bind_output(name, self._device)
+        self.session.run_with_iobinding(binding)
         # What was bound as an output comes back as another handle, which doesn't keep a numpy array's memory.
         return dict(zip(self.outputs, binding.get_outputs(), strict=True)) | written
 
