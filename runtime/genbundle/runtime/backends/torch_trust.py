@@ -39,7 +39,7 @@ def expect_harmless(exported: Any, program: str) -> None:
             for text in _texts((node.args, node.kwargs)):
                 if not _TEXT.fullmatch(text):
                     raise EngineError(
-                        f"{program}: {name} has the text {text[:80]!r}, which can't be put into code: load it uncompiled"
+                        f"{program}: {name} has the text {text[:80]!r}, which no code may hold: load it uncompiled"
                     )
 
 
