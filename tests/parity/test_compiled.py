@@ -158,6 +158,18 @@ def test_a_damaged_package_is_compiled_again(damage, llama, cache, other_cache, 
     assert compiled == [f"{llama.path}: the program 'decode'"]
 
 
+def test_a_whole_package_that_cannot_be_loaded_is_not_compiled_again(llama, no_compiler, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("model.so: failed to map segment from shared object\nException raised from dlopen")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", fail)
+    with pytest.raises(
+        EngineError, match=r"the program 'decode': .* can't be loaded: model\.so: failed to map"
+    ) as error:
+        load_bundle(llama, compiled=True).backend.program("decode")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no such owner")
 def test_a_cache_that_others_write_to_is_not_used(llama, other_cache, no_compiler):
     other_cache.mkdir(parents=True)

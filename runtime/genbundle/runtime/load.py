@@ -18,7 +18,8 @@ def load_bundle(
         threads: how many threads the engine uses; its own choice by default.
         compiled: compile each program when it is first opened, for this device and processor (`torch` bundles only;
             needs a C++ compiler). That takes from seconds to minutes; what was compiled is kept in the user's cache,
-            `genbundle/compiled` in XDG_CACHE_HOME or ~/.cache.
+            `genbundle/compiled` in XDG_CACHE_HOME or ~/.cache. For bundles that you trust: the compiled code
+            checks less than torch does.
 
     Raises:
         BundleError: the bundle is damaged or newer than this version (BundleVersionError).

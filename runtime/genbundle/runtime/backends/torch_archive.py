@@ -20,7 +20,8 @@ _ARCHIVED = re.compile(
 _PLAIN = re.compile(r"[\w.+-]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
 _EXPRESSION = re.compile(r"([A-Z][A-Za-z]*\(|[\s\d(),.+*/-])*")
-# Read as JSON, or quoted where they are written into code, or (the guards) not read at all.
+# Read as JSON, or quoted where torch writes them into Python, or (the guards) not read at all. A compiler doesn't quote
+# an operator's texts: torch_trust.py looks at them before.
 _UNREAD = ("in_spec", "out_spec", "as_string", "as_strings", "guards_code")
 # Operators computed in Python, on sizes; a name that isn't here may be any function of torch or Python.
 _ON_SIZES = re.compile(

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
-import re
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genbundle.bundles import EngineError
+from genbundle.runtime.backends.torch_packages import BOUNDS, load_package, one_line, package_folder, store_package
+from genbundle.runtime.backends.torch_trust import broken_bound, expect_harmless, expect_open_sizes, upper_bounds
 
 # Part of the key: packages that another version of this module made aren't found.
-_VERSION = 1
+_VERSION = 2
 _OPTIONS = {
     "aot_inductor.package": True,
     # There are none: weights are inputs, like all others (`_lifted`).
@@ -23,7 +22,6 @@ _OPTIONS = {
     # Sizes begin at 0, whatever was traced; this check, run where AOTI_RUNTIME_CHECK_INPUTS is set, would refuse 1.
     "aot_inductor.check_lowerbound": False,
 }
-_LONGEST_CAUSE = 300
 
 
 def compiled_module(torch: Any, exported: Any, *, archive: bytes, device: str, program: str) -> "CompiledModule":
@@ -39,18 +37,20 @@ def compiled_module(torch: Any, exported: Any, *, archive: bytes, device: str, p
         program: its name, and its bundle's, for errors.
 
     Raises:
-        EngineError: it can't be compiled, or the cache's folder can't be used; names the program and the cause.
+        EngineError: it can't be compiled or loaded, or the cache can't be used; names the program and the cause.
     """
+    expect_harmless(exported, program)
     inputs, weights = _lifted(exported, program)
-    package = _folder() / f"{_key(torch, archive, device)}.pt2"
-    loader = _load(torch, package, device)
-    if loader is None:  # not there yet, or damaged
+    package = package_folder() / f"{_key(torch, archive, device)}.pt2"
+    loaded = load_package(torch, package, device, program)
+    if loaded is None:  # not there yet, or damaged
         _compile(exported, package, program)
-        loader = _load(torch, package, device)
-    if loader is None:
+        loaded = load_package(torch, package, device, program)
+    if loaded is None:
         raise EngineError(f"{program}: what AOTInductor compiled can't be loaded: {package}")
+    loader, bounds = loaded
     outputs = list(exported.call_spec.out_spec.context)
-    return CompiledModule(loader, inputs, weights, outputs)
+    return CompiledModule(loader, inputs, weights, outputs, bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +97,16 @@ def _number(expected: Any, found: int, sizes: dict[Any, int]) -> Any:
 class CompiledModule:
     """One compiled program, called with its inputs by name; the weights go in with every call, shared and uncopied."""
 
-    def __init__(self, loader: Any, inputs: Sequence[Input], weights: Sequence[Any], outputs: Sequence[str]):
+    def __init__(
+        self,
+        loader: Any,
+        inputs: Sequence[Input],
+        weights: Sequence[Any],
+        outputs: Sequence[str],
+        bounds: Sequence[Any],
+    ):
         self._loader, self._inputs, self._weights, self._outputs = loader, inputs, weights, outputs
+        self._bounds = bounds
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         """Run it; ValueError for inputs that it wasn't compiled for, RuntimeError where it fails."""
@@ -107,6 +115,9 @@ class CompiledModule:
         for item in self._inputs:
             item.expect(given[item.name], sizes)
             feeds.append(given[item.name].contiguous())
+        broken = broken_bound(self._bounds, sizes)
+        if broken is not None:
+            raise ValueError(f"the inputs are larger than what it was compiled for: {broken}, where {sizes}")
         return dict(zip(self._outputs, self._loader.boxed_run(feeds), strict=True))
 
 
@@ -135,7 +146,11 @@ def _lifted(exported: Any, program: str) -> tuple[list[Input], list[Any]]:
         (exported.constants if spec.target in exported.constants else exported.state_dict)[spec.target]
         for spec in signature.input_specs[:first]
     ]
-    nodes, rows = list(exported.graph.find_nodes(op="placeholder"))[first:], _table_rows(exported.graph)
+    nodes, rows = list(exported.graph.find_nodes(op="placeholder")), _table_rows(exported.graph)
+    for weight, node in zip(weights, nodes[:first], strict=True):
+        value = node.meta["val"]
+        if weight.dtype != value.dtype or list(weight.shape) != list(map(_size, value.shape)):
+            raise EngineError(f"{program}: its code would read {node.name!r} with another shape or dtype than it has")
     inputs = [
         Input(
             name=name,
@@ -144,7 +159,7 @@ def _lifted(exported: Any, program: str) -> tuple[list[Input], list[Any]]:
             shape=tuple(map(_size, node.meta["val"].shape)),
             rows=rows.get(node),
         )
-        for name, node in zip(named.context, nodes, strict=True)
+        for name, node in zip(named.context, nodes[first:], strict=True)
     ]
     return inputs, [weight.detach().contiguous() for weight in weights]
 
@@ -168,20 +183,6 @@ def _size(size: Any) -> Any:
     return size if isinstance(size, int) else size.node.expr
 
 
-def _folder() -> Path:
-    """The cache's folder, made if need be; EngineError where another user could put machine code into it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = (base if base.is_absolute() else Path.home() / ".cache") / "genbundle" / "compiled"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise EngineError(f"no folder to keep compiled programs in: {error}: set XDG_CACHE_HOME to one") from error
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise EngineError(f"{folder}: others can write there, so no compiled program is loaded from it: chmod 700")
-    return folder
-
-
 def _key(torch: Any, archive: bytes, device: str) -> str:
     """What a package depends on: the program, who compiles it with which settings, and the processors it is for."""
     from torch._inductor import config
@@ -203,26 +204,12 @@ def _key(torch: Any, archive: bytes, device: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _load(torch: Any, package: Path, device: str) -> Any:
-    """The loaded package; None where there is none, or a damaged one."""
-    try:
-        # torch's reader doesn't compare checksums, and would run what is damaged.
-        with zipfile.ZipFile(package) as file:
-            if file.testzip() is not None:
-                return None
-        # `aoti_load_package` ends here too, but first compiles tests of the processor, for seconds, to warn of another.
-        index = int(device.partition(":")[2] or -1)
-        return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
-    except Exception:  # zipfile's, zlib's and the dynamic linker's errors have no common base
-        return None
-
-
 def _compile(exported: Any, package: Path, program: str) -> None:
     """Compile the program into the file `package`, which appears there whole or not at all."""
     from torch._inductor import aot_compile
     from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
+    from torch.export.pt2_archive._package import package_pt2
 
     # Inputs of other strides are copied before a call.
     examples = tuple(node.meta["val"].contiguous() for node in exported.graph.find_nodes(op="placeholder"))
@@ -234,41 +221,12 @@ def _compile(exported: Any, package: Path, program: str) -> None:
         try:
             get_cpp_compiler()  # raises where there is none, before the minutes that come first otherwise
             files: Any = aot_compile(exported.graph_module, examples, options=dict(_OPTIONS))
-            package_aoti(str(made), files)
-            _expect_open_sizes(examples)
+            expect_open_sizes(examples)
+            bounds = json.dumps(upper_bounds(exported, examples))
+            package_pt2(str(made), aoti_files=files, extra_files={BOUNDS: bounds})
         except Exception as error:  # from the C++ compiler's to assertions: torch has no common base
             failure = error
         else:
-            _store(made, package)
+            store_package(made, package)
     if failure is not None:
-        raise EngineError(f"{program}: AOTInductor can't compile it here: {_cause(failure)}") from failure
-
-
-def _expect_open_sizes(examples: Sequence[Any]) -> None:
-    """ValueError where the compiler took a size for the traced one, which its code doesn't check.
-
-    What it takes for granted besides is that sizes aren't 0 or 1, by which no result differs: tests/parity/
-    test_compiled.py runs these, and `genbundle verify --compiled` what a bundle recorded.
-    """
-    for value in examples:
-        fixed = value.fake_mode.shape_env.replacements if value.fake_mode.shape_env is not None else {}
-        for size in value.shape:
-            for symbol in () if isinstance(size, int) else size.node.expr.free_symbols:
-                if symbol in fixed:
-                    raise ValueError(f"it would compute one size only, {symbol} = {fixed[symbol]}")
-
-
-def _store(made: Path, package: Path) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=package.parent, prefix=f".{package.name}.", delete=False) as beside:
-            beside.write(made.read_bytes())
-        Path(beside.name).replace(package)
-    except OSError as error:
-        raise EngineError(f"{package}: a compiled program can't be kept there: {error}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """One line: the compiler's first error, or the exception's own first line."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = next((line for line in lines if re.search(r"\berror:", line)), lines[0])
-    return line.strip()[:_LONGEST_CAUSE]
+        raise EngineError(f"{program}: AOTInductor can't compile it here: {one_line(failure)}") from failure
