@@ -1,7 +1,9 @@
 """Finished bundles against `model.generate`: the same sequences for inputs that neither capture nor build saw."""
 
+import gc
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,3 +264,18 @@ def test_a_prompt_longer_than_a_chunk_and_a_cache_that_grows(tmp_path):
     np.testing.assert_array_equal(found.sequences, expected)
     *_, last = bundle.stream(**arrays(inputs), eos_token_id=(), max_new_tokens=2)
     assert last.token_id == expected[0, 701]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which is Linux's")
+def test_a_model_that_the_build_loaded_is_gone_when_the_bundle_is_verified(tmp_path):
+    """Its weights are mapped: as long as anything holds one of them, they count beside the engine's. On ONNX backends
+    onnxscript's rewriting rules do: they keep the node that they tried last, with its graph."""
+    models.make("llama").save_pretrained(tmp_path / "model")
+    mapped = {}
+
+    def look(stage: str) -> None:
+        gc.collect()
+        mapped[stage] = str(tmp_path / "model" / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    build_bundle(tmp_path / "model", models.samples("llama"), "torch", output=tmp_path / "b", progress=look)
+    assert mapped["capture"] and not mapped["verify"]

@@ -72,13 +72,11 @@ def _explicit(
     except NotSimpleError as error:
         raise UnsupportedModelError(f"{EMBEDDED} can't run it: {error}") from error
     expect_fed(also, components, flow)
-    if format_name == "cuda" and refusal is None:
-        components = with_buffers(components)
-    elif refusal is not None:
-        notes = (*notes, f"its keys and values grow from step to step, which no CUDA graph can record: {refusal}")
     if all(len(item.inputs.get("input_ids", ())) == 1 for item in captures):  # rows.one_at_a_time
         components = [one_sequence(component) for component in components]
     components = [replace(component, longest=capacity) for component in components]
+    if format_name == "cuda" and refusal is None:
+        components = with_buffers(components)  # last, since what takes a component's place is as it is here
     if flow.chunk is not None and precisions.language_model != "fp32":
         flow = replace(flow, chunk=SMALL_CHUNK)
     if format_name == "torch":
@@ -87,6 +85,9 @@ def _explicit(
         exported = export_torch(components, folder, announce, precisions)
     else:
         exported = export_onnx(components, folder, format_name, announce, precisions, shared=bool(also))
+    if format_name == "cuda" and not any(CAPACITY in entry.shape for entry in exported.state):
+        why = "" if refusal is None else f": {refusal}"
+        notes = (*notes, f"its state isn't in buffers of a fixed size, so that no CUDA graph records its steps{why}")
     return _with_flow(exported, flow, notes)
 
 

@@ -100,7 +100,7 @@ def build_bundle(
                 attempt = work.attempt(writer, precisions, exact)
                 expect_unchanged(eager, before)
             # A model that the build loaded itself needs no memory beside the engine that opens the bundle.
-            del loaded, eager, work
+            del loaded, eager, work, before
             gc.collect()
             if settings.verify:
                 announce("verify")
