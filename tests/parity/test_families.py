@@ -26,7 +26,8 @@ CASES = [
     # State in and out of a .pte: a fixed size, and an encoder's.
     ("MambaForCausalLM", "xnnpack"),
     ("MarianMTModel", "xnnpack"),
-    ("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack"),  # rows computed from patches and blocks of them
+    # Rows computed from patches and blocks of them.
+    pytest.param("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack", marks=pytest.mark.long),
     pytest.param("Dots3NoteForConditionalGeneration", "xnnpack", marks=pytest.mark.long),  # experts in its tower
     ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
     ("Llama4ForCausalLM", "xnnpack"),  # complex numbers

@@ -13,12 +13,13 @@ import pytest
 from genbundle.builder import build_bundle
 from genbundle.builder.attention import BufferLayer
 from genbundle.bundles import EngineError, open_bundle
-from genbundle.runtime import Model
+from genbundle.runtime import Model, load_bundle
 from genbundle.runtime.backends import onnx_device, onnx_steps
 from genbundle.runtime.backends.onnx_device import overwrite
 from genbundle.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from genbundle.runtime.generate import steps
 from genbundle.runtime.rewind import rewind
+from genbundle.runtime.verify import verify_bundle
 from tests.parity.test_parity import arrays, eager, padded
 from tests.zoo import models
 
@@ -80,6 +81,13 @@ def test_buffers_that_no_longer_stay_are_recorded_anew(bundle, monkeypatch):
     buffers = model.backend._buffers
     assert len(buffers._addresses) == len(buffers._kept)
     assert buffers.stay(fixed(model)[1, 256].recorded)
+
+
+def test_the_replay_goes_through_the_sessions_that_a_gpu_records(bundle, monkeypatch):
+    monkeypatch.undo()
+    model = load_bundle(bundle("llama", "cuda"), device="cpu")
+    assert len(verify_bundle(model)) >= 5
+    assert {batch for batch, _ in fixed(model)} == {1, 3} and all(step.recorded for step in fixed(model).values())
 
 
 def test_a_generation_that_outgrows_its_buffers(bundle, monkeypatch):
@@ -193,7 +201,7 @@ def test_sessions_of_fixed_sizes_compute_no_shapes(bundle, tmp_path):
     assert "ScatterElements" in operators
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.long), "bf16"])
 def test_16_bits(precision, tmp_path):
     """At bfloat16 through the twin that the build verifies, since the CPU has no such kernels."""
     from genbundle.builder.twins import runnable
@@ -202,7 +210,7 @@ def test_16_bits(precision, tmp_path):
     samples = models.samples("llama")
     build_bundle(source, samples, "cuda", precision=precision, quality_floor=None, output=path, progress=False)
     with runnable(open_bundle(path)) as made:
-        plain = OnnxRuntimeBackend(onnxruntime, made, "cpu", None)
+        plain = OnnxRuntimeBackend(onnxruntime, made, "cpu", None, kept=False)
         expected = Model(made, plain).generate(**arrays(THREE), max_new_tokens=12)
         got = kept(made).generate(**arrays(THREE), max_new_tokens=12)
     np.testing.assert_array_equal(got.sequences, expected.sequences)

@@ -17,8 +17,9 @@ from genbundle.bundles.manifest import CAPACITY, Program
 from genbundle.runtime.backends.onnx_device import Buffers, on_device, overwrite
 from genbundle.runtime.program import Tensor
 
-# A session takes as long to open as some hundred steps: short answers do without.
-WORTHWHILE = 16
+# A session takes as long to open as some hundred steps: the shortest answers do without. `genbundle verify`, and the
+# build's replay, take more steps than this, so that they go through such sessions too.
+WORTHWHILE = 8
 _SESSIONS = 8  # that are open at a time
 
 Sizes = dict[str, int]

@@ -50,14 +50,14 @@ class OnnxRuntimeBackend:
     """A bundle's sessions, opened one by one as they are needed; they map the weights of one file, or share those on a
     GPU.
 
-    kept: whether weights and buffers are on the device for good, and steps of fixed sizes are recorded; on a GPU unless
-    said otherwise, since tests do so on the CPU.
+    kept: whether weights and buffers are on the device for good, and steps of fixed sizes are recorded. By default so
+    on a GPU, and with `cuda` bundles on the CPU, where they are tried: with the same sessions, unrecorded.
     """
 
     def __init__(self, onnxruntime: Any, bundle: Bundle, device: str, threads: int | None, *, kept: bool | None = None):
         self._onnxruntime, self._bundle, self._threads = onnxruntime, bundle, threads
         self.device = device
-        self._kept = device != "cpu" if kept is None else kept
+        self._kept = "cuda" in (device, bundle.manifest.backend) if kept is None else kept
         self._weights = DeviceWeights(onnxruntime.OrtValue, device)
         self._buffers = Buffers(onnxruntime.OrtValue, device)
         self._programs: dict[str, OnnxProgram] = {}
