@@ -60,6 +60,17 @@ def loaded(bundle: Callable[..., Bundle]) -> Callable[..., Model]:
     return get
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTInductor is not to be asked from here on."""
+    from genbundle.runtime.backends import torch_compiled
+
+    def fail(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch_compiled, "_compile", fail)
+
+
 def _build(name: str, backend: str, path: Path) -> Bundle:
     from genbundle.builder import build_bundle
     from genbundle.builder.also import ALSO

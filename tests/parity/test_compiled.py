@@ -30,16 +30,6 @@ def cache(bundle_folder, monkeypatch):
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
-    """Compiling fails from here on."""
-
-    def fail(*_):
-        raise AssertionError("compiled again")
-
-    monkeypatch.setattr(torch_compiled, "_compile", fail)
-
-
-@pytest.fixture
 def other_cache(tmp_path, monkeypatch):
     """An empty cache for one test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

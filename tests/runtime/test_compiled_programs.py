@@ -63,14 +63,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "genbundle" / "compiled"
 
 
-@pytest.fixture
-def no_compiler(monkeypatch):
-    def fail(*_):
-        raise AssertionError("compiled")
-
-    monkeypatch.setattr(torch_compiled, "_compile", fail)
-
-
 def test_ordinary_texts():
     for function in (asserting, branching):
         expect_harmless(traced(function), "the program 'p'")

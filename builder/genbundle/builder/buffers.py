@@ -31,7 +31,8 @@ def _can(component: Component) -> bool:
     if type(module) is not Decoder or module.fused or module.begins or module.window is not None:
         return False
     kept = {kind for layer in module.layers for kind, _ in layer.shapes()}
-    masked = component.sources.get("attention_mask", Source(kind="start")).kind == "mask"
+    mask = component.sources.get("attention_mask")
+    masked = mask is not None and mask.kind == "mask"
     return masked and component.axes["attention_mask"].get(1) == "total" and bool(kept) and kept <= set(GROWING)
 
 

@@ -84,6 +84,22 @@ class Program:
     memory: int | None = field(default=None, metadata=_FROM_1)
     optimized: bool = False
 
+    @property
+    def buffers(self) -> tuple[Input, ...]:
+        """The inputs of state that it writes in place, tensors with room."""
+        return tuple(item for item in self.inputs if item.source.kind == "state" and CAPACITY in item.shape)
+
+    @property
+    def in_place(self) -> dict[str, str]:
+        """The outputs that are written into the tensor of an input: output -> input."""
+        buffers = {item.source.name: item.name for item in self.buffers}
+        return {output.name: buffers[output.state] for output in self.outputs if output.state in buffers}
+
+    @property
+    def attends_to_room(self) -> bool:
+        """Whether it attends to its buffers from end to end, so that its mask is as long as they are."""
+        return any(item.source.kind == "mask" and CAPACITY in item.shape for item in self.inputs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:

@@ -138,5 +138,4 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
 
 def _hides_room(item: Input, program: Program) -> bool:
     """Whether it is the mask of a program whose state has that room."""
-    buffers = (other for other in program.inputs if other.source.kind == "state" and CAPACITY in other.shape)
-    return item.source.kind == "mask" and item.shape[1:] == (CAPACITY,) and any(buffers)
+    return item.source.kind == "mask" and item.shape[1:] == (CAPACITY,) and bool(program.buffers)

@@ -45,18 +45,7 @@ class Wiring:
             for program in manifest.programs
         }
         self._written = {
-            program.name: {
-                item.source.name or ""
-                for item in program.inputs
-                if item.source.kind == "state" and CAPACITY in item.shape
-            }
-            for program in manifest.programs
-        }
-        # Programs that attend to whole buffers, of which the mask hides what no token has written.
-        self._whole = {
-            program.name
-            for program in manifest.programs
-            if any(item.source.kind == "mask" and CAPACITY in item.shape for item in program.inputs)
+            program.name: {item.source.name or "" for item in program.buffers} for program in manifest.programs
         }
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
@@ -131,10 +120,6 @@ class Wiring:
         """The state entries that a program writes in place."""
         return self._written[name]
 
-    def attends_to_whole_buffers(self, name: str) -> bool:
-        """Whether a program attends to its buffers from end to end."""
-        return name in self._whole
-
     def _check(self) -> None:
         """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
         for program in self.manifest.programs:
@@ -152,8 +137,9 @@ class Wiring:
                     f"the steps go on with {sorted(steps)}, which the prompt {route.programs} never begins"
                 )
         routes = (route for route in self.manifest.flow.prompt if route.one_by_one and len(route.programs) > 1)
-        for name in self._whole.intersection(route.programs[-1] for route in routes):
-            raise BundleError(f"{name!r} takes prompts token by token, and its mask hides none of them")
+        for name in (route.programs[-1] for route in routes):
+            if self._entries[name].attends_to_room:
+                raise BundleError(f"{name!r} takes prompts token by token, and its mask hides none of them")
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
             for name in names:
@@ -296,8 +282,7 @@ class _Call:
         mask = self.sequences.mask
         if CAPACITY not in item.shape:
             return mask
-        buffers = (other for other in self.wiring.entry(program).inputs if other.source.kind == "state")
-        buffer = next(other for other in buffers if CAPACITY in other.shape)
+        buffer = self.wiring.entry(program).buffers[0]
         self._state(buffer, program)
         room = self.sequences.state.room(buffer.source.name or "")
         return np.pad(mask, ((0, 0), (0, room - mask.shape[1])))
@@ -306,7 +291,7 @@ class _Call:
         state, name, to_numpy = self.sequences.state, item.source.name or "", self.wiring.backend.to_numpy
         if CAPACITY not in item.shape:
             return state.exact(name, to_numpy)
-        few = self.wiring.attends_to_whole_buffers(program)
+        few = self.wiring.entry(program).attends_to_room
         return state.buffer(name, self.tokens.shape[1], to_numpy, few_sizes=few)
 
     def _wanted(self, item: Input) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles.dtypes import numpy_dtype
-from genbundle.bundles.manifest import CAPACITY, Program
+from genbundle.bundles.manifest import Program
 from genbundle.runtime.backends.onnx_device import Buffers, on_device, overwrite
 from genbundle.runtime.program import Tensor
 
@@ -27,11 +27,10 @@ Sizes = dict[str, int]
 
 def has_fixed_steps(entry: Program) -> bool:
     """Whether a program's sizes are the same from step to step: it attends to whole buffers and keeps nothing else."""
-    masked = any(item.source.kind == "mask" and CAPACITY in item.shape for item in entry.inputs)
-    kept = [item for item in entry.inputs if item.source.kind == "state"]
+    others = [item for item in entry.inputs if item.source.kind == "state" and item not in entry.buffers]
     own = (output for output in entry.outputs if output.state is None)
     known = {symbol for item in entry.inputs for symbol in item.shape}
-    return masked and all(CAPACITY in item.shape for item in kept) and all(known >= set(_symbols(o)) for o in own)
+    return entry.attends_to_room and not others and all(known >= set(_symbols(output)) for output in own)
 
 
 def _symbols(item: Any) -> list[str]:
@@ -51,7 +50,7 @@ class FixedSteps:
     ):
         self._entry, self._open_session, self._ort, self._device = entry, open_session, onnxruntime, device
         self._items = {item.name: item for item in entry.inputs}
-        self._names = [item.name for item in entry.inputs if item.source.kind == "state"]
+        self._names = [item.name for item in entry.buffers]
         self._pool = buffers
         self._seen: Counter[tuple] = Counter()
         self._steps: OrderedDict[tuple, _FixedStep] = OrderedDict()
@@ -138,8 +137,7 @@ class _FixedStep:
 
     def __init__(self, entry: Program, session: Any, sizes: Sizes, onnxruntime: Any, device: str):
         self._session, self._ort, self._device = session, onnxruntime, device
-        states = {item.source.name: item.name for item in entry.inputs if item.source.kind == "state"}
-        self._in_place = {item.name: states[item.state] for item in entry.outputs if item.state in states}
+        self._in_place = entry.in_place
         self._results = {}
         for item in entry.outputs:
             if item.name not in self._in_place:

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
-from genbundle.bundles.manifest import CAPACITY, Program
+from genbundle.bundles.manifest import Program
 from genbundle.runtime.backends.onnx_device import Buffers, DeviceWeights, as_numpy, on_device
 from genbundle.runtime.backends.onnx_file import named_files
-from genbundle.runtime.backends.onnx_steps import FixedSteps, Sizes, has_fixed_steps
 from genbundle.runtime.program import Tensor
+
+if TYPE_CHECKING:
+    from genbundle.runtime.backends.onnx_steps import FixedSteps, Sizes
 
 _ON_DEVICE = threading.RLock()
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -87,16 +89,21 @@ class OnnxRuntimeBackend:
                 "can't: load the bundle on a GPU, or build it with another precision"
             )
         self._check_files(entry.file)
-        session, in_place, ort = self._session(entry), _in_place(entry), self._onnxruntime
+        session, ort = self._session(entry), self._onnxruntime
         if not self._kept:
-            return OnnxProgram(ort, session, name, self.device, in_place)
+            return OnnxProgram(ort, session, name, self.device, entry.in_place)
+        from genbundle.runtime.backends.onnx_steps import (
+            FixedSteps,
+            has_fixed_steps,
+        )  # nothing that a CPU's start needs
+
         steps = None
         if has_fixed_steps(entry):
             steps = FixedSteps(entry, partial(self._session, entry), ort, self.device, self._buffers)
         kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
-        return OnnxProgram(ort, session, name, self.device, in_place, **kept)
+        return OnnxProgram(ort, session, name, self.device, entry.in_place, **kept)
 
-    def _session(self, entry: Program, sizes: Sizes | None = None) -> Any:
+    def _session(self, entry: Program, sizes: "Sizes | None" = None) -> Any:
         """A session of a program; with `sizes`, for these alone, recorded where a GPU is."""
         ort, file, provider = self._onnxruntime, self._bundle.file(entry.file), _PROVIDERS[self.device]
         options, settings = self._options(entry), {}
@@ -162,18 +169,12 @@ def _or_the_cpu(bundle: Bundle) -> str:
     return "" if narrow else ", or load it with device='cpu'"
 
 
-def _in_place(entry: Program) -> dict[str, str]:
-    """The outputs that are written into the tensor of an input: output -> input."""
-    states = (item for item in entry.inputs if item.source.kind == "state")
-    buffers = {item.source.name: item.name for item in states if CAPACITY in item.shape}
-    return {output.name: buffers[output.state] for output in entry.outputs if output.state in buffers}
-
-
 class OnnxProgram:
     """One session: numpy arrays or OrtValues in, OrtValues out.
 
-    in_place: as `_in_place` returns it; such an output is the very tensor that went in. buffers: where those come from
-    if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held meanwhile.
+    in_place: as the manifest's entry has it; such an output is the very tensor that went in. buffers: where those come
+    from if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held
+    meanwhile.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class OnnxProgram:
         in_place: Mapping[str, str],
         *,
         buffers: Buffers | None = None,
-        steps: FixedSteps | None = None,
+        steps: "FixedSteps | None" = None,
         lock: AbstractContextManager[Any] | None = None,
     ):
         self._value = onnxruntime.OrtValue
