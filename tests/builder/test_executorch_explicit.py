@@ -157,7 +157,8 @@ def test_sequences_of_any_number_and_length_are_convolved(tmp_path: Path) -> Non
     free = {0: torch.export.Dim.AUTO(max=8), 2: torch.export.Dim.AUTO(max=64)}
     module = torch.nn.Conv1d(4, 6, 3, padding=1)
     program = torch.export.export(module, (torch.zeros(2, 4, 9),), dynamic_shapes=(free,))
-    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, lower_programs
+    from genbundle.builder.formats.executorch_lowering import lower_programs
+    from genbundle.builder.formats.executorch_partitioning import ProductPartitioner
 
     lower_programs({"forward": program}, {}, tmp_path / "model.pte", ProductPartitioner)
     assert (tmp_path / "model.pte").stat().st_size
@@ -176,7 +177,8 @@ class Convolution(torch.nn.Module):
 def test_a_convolution_takes_sequences_of_every_length_that_was_asked_for(tmp_path: Path) -> None:
     """oneDNN would be taken from 20480 numbers on, by one thread, which bounded the length below that."""
     module, threads = Convolution(), torch.get_num_threads()
-    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, Runtime, lower_programs
+    from genbundle.builder.formats.executorch_lowering import Runtime, lower_programs
+    from genbundle.builder.formats.executorch_partitioning import ProductPartitioner
 
     try:
         torch.set_num_threads(1)
@@ -201,7 +203,8 @@ class Picked(torch.nn.Module):
 
 @pytest.mark.slow
 def test_places_that_a_mask_picks_lie_in_rows(tmp_path: Path) -> None:
-    from genbundle.builder.formats.executorch_lowering import ProductPartitioner, Runtime, lower_programs
+    from genbundle.builder.formats.executorch_lowering import Runtime, lower_programs
+    from genbundle.builder.formats.executorch_partitioning import ProductPartitioner
 
     mask = torch.tensor([[True, False, True], [False, True, False]])
     values = torch.arange(12.0).reshape(2, 3, 2)
@@ -216,7 +219,7 @@ def test_parts_that_wait_for_one_another_are_left_out() -> None:
     """The first needs what the second gives, and the other way round."""
     from types import SimpleNamespace
 
-    from genbundle.builder.formats.executorch_lowering import parts_in_order
+    from genbundle.builder.formats.executorch_partitioning import parts_in_order
 
     graph = torch.fx.Graph()
     given, weight = graph.placeholder("given"), graph.placeholder("weight")

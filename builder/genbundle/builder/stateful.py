@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from genbundle.builder.prefix_attention import Prefixes
 from genbundle.builder.stateful_attention import BufferCache, attend, check_attention_call, stateful_attention
 from genbundle.bundles import UnsupportedModelError
 
@@ -75,7 +76,7 @@ class StatefulDecoder(torch.nn.Module):
         both_ways = rest.pop(0) if self.call.both_ways else None
         deepstack = rest.pop(0) if self.call.deepstack else None
         buffers = [(getattr(self, f"keys{i}"), getattr(self, f"values{i}")) for i in range(len(self.layers))]
-        self.cache = BufferCache(buffers, start, both_ways)
+        self.cache = BufferCache(buffers, start, Prefixes(start_pos, tokens.shape[1]), both_ways)
         try:
             if not self.call.embeds:
                 return _last_logits(self._model[0], input_ids=tokens, past_key_values=self.cache)

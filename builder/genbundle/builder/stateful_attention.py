@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, or_masks, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from genbundle.builder.prefix_attention import Prefixes, lengths_for
 from genbundle.bundles import UnsupportedModelError
 
 IMPLEMENTATION, FLASH_IMPLEMENTATION = "genbundle_stateful", "genbundle_flash_stateful"
@@ -66,14 +67,21 @@ class BufferCacheLayer(CacheLayerMixin):
 class BufferCache(Cache):
     """transformers' cache interface over the buffers of one decoder, for one call that starts at `start`.
 
-    buffers: keys and values of every layer, in order. both_ways: int64 `[1]`, 1 where new tokens also see the new
-    tokens after them; None for a model that never does that.
+    buffers: keys and values of every layer, in order. start: the number in `prefixes.start`. prefixes: what the call's
+    layers share. both_ways: int64 `[1]`, 1 where new tokens also see the new tokens after them; None for a model that
+    never does that.
     """
 
-    def __init__(self, buffers: list[tuple[torch.Tensor, torch.Tensor]], start: Any, both_ways: torch.Tensor | None):
+    def __init__(
+        self,
+        buffers: list[tuple[torch.Tensor, torch.Tensor]],
+        start: Any,
+        prefixes: Prefixes,
+        both_ways: torch.Tensor | None,
+    ):
         self._own = [BufferCacheLayer(self, *pair) for pair in buffers]
         super().__init__(layers=list(self._own))
-        self.start, self.both_ways = start, both_ways
+        self.start, self.prefixes, self.both_ways = start, prefixes, both_ways
         self._additive: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -136,11 +144,16 @@ def attend(
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     buffers = cache.buffers_of(key)
     if softcap is None and s_aux is None and buffers is not None and buffers[0].shape == buffers[1].shape:
-        start, states = cache.start, query.transpose(1, 2).contiguous()
-        if attention_mask is None:
-            return torch.ops.llama.custom_sdpa(states, *buffers, start, None, 0.0, True, scaling), None
-        mask = cache.additive_mask(attention_mask, query.shape[2], key.shape[2])
-        return torch.ops.llama.custom_sdpa(states, *buffers, start, mask, 0.0, False, scaling), None
+        states, mask = query.transpose(1, 2).contiguous(), None
+        if attention_mask is not None:
+            mask = cache.additive_mask(attention_mask, query.shape[2], key.shape[2])
+
+        def fused(states: torch.Tensor, keys: Any, values: Any, start: Any, mask: Any = None) -> torch.Tensor:
+            return torch.ops.llama.custom_sdpa(states, keys, values, start, mask, 0.0, mask is None, scaling)
+
+        if lengths_for(*buffers[0].shape[1:3]):
+            return cache.prefixes.attend(states, buffers, mask, scaling, fused), None
+        return fused(states, *buffers, cache.start, mask), None
     mask = cache.additive_mask(attention_mask, query.shape[2], key.shape[2])
     return _plain_attention(query, key, value, mask, scaling, softcap, s_aux), None
 

@@ -48,7 +48,8 @@ def export_explicit(
     MissingExtraError without ExecuTorch.
     """
     try:
-        from genbundle.builder.formats.executorch_lowering import ProductPartitioner, lower_programs
+        from genbundle.builder.formats.executorch_lowering import lower_programs
+        from genbundle.builder.formats.executorch_partitioning import ProductPartitioner
     except ImportError as error:
         raise MissingExtraError("building an xnnpack bundle", "executorch", "builder") from error
     rows = [one_sequence(component) for component in components]

@@ -5,21 +5,16 @@ Imports ExecuTorch (and with it torchao) at module level: import this module ins
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.config import (
-    ALL_PARTITIONER_CONFIGS,
     gemm_configs,
     generic_node_configs,
     node_configs,
     xnnpack_config,
 )
-from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
-from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
     EdgeCompileConfig,
     EdgeProgramManager,
@@ -27,13 +22,9 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge,
 )
-from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes.constant_prop_pass import constant_prop_pass
-from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama.*
 from executorch.kernels import quantized  # noqa: F401  registers the kernels of rounded tables
@@ -41,126 +32,14 @@ from executorch.runtime import Runtime
 from torch._subclasses.fake_impls import op_implementations_dict
 
 from genbundle.builder.exporting import without_size_of_kernels
+from genbundle.builder.formats.executorch_partitioning import CONFIGS, Partitioner
 from genbundle.builder.passes.complex_pairs import pair_complex_numbers
 from genbundle.builder.passes.computed_weights import multiply_by_computed_weights
 from genbundle.builder.passes.missing_kernels import replace_missing_kernels
+from genbundle.builder.passes.state_prefixes import PrefixesInPlace
 from genbundle.builder.stateful import StatefulDecoder
 from genbundle.builder.stateful_encoder import MediaEncoder
 from genbundle.bundles import UnsupportedModelError
-
-
-class ExactGeluConfig(GeluConfig):
-    """Leaves GELU's tanh form to ExecuTorch's own kernel: XNNPACK 1.4.1 computes the exact form in its place.
-
-    Remove with an ExecuTorch that has https://github.com/pytorch/executorch/pull/22851.
-    """
-
-    def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
-        """Whether XNNPACK takes the node."""
-        return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
-
-
-class OneAxisConvolutionConfig(ConvolutionConfig):
-    """Leaves a convolution over sequences of any number and length to ExecuTorch.
-
-    XNNPACK's convolutions have two axes: its pass gives such an input one more, and its serializer then refuses an
-    input that varies along several, when it is too late to take the node back.
-    """
-
-    def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
-        """Whether XNNPACK takes the node."""
-        shapes = [node.meta["val"].shape, cast(torch.fx.Node, node.args[0]).meta["val"].shape]
-        several = any(len(shape) == 3 and sum(not isinstance(size, int) for size in shape) > 1 for shape in shapes)
-        return not several and super().check_constraints(node, ep)
-
-
-_OWN_CONFIGS = {GeluConfig: ExactGeluConfig, ConvolutionConfig: OneAxisConvolutionConfig}
-
-
-class Partitioner(XnnpackPartitioner):
-    """XNNPACK's own choice of parts, with fewer passes over those of plain operators."""
-
-    # What XNNPACK's serializer takes as it is: its seventeen passes, each of which traces the part, change nothing.
-    _PLAIN = frozenset({
-        "linear", "bmm", "add", "sub", "mul", "div", "neg", "exp", "sqrt", "rsqrt", "sigmoid", "tanh", "gelu",
-        "_softmax", "view_copy", "permute_copy", "clone", "maximum", "minimum",
-    })  # fmt: skip
-
-    def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:
-        """`exported_program` with its parts tagged, and the passes that each needs."""
-        # Past the parent's own, which only warns that it isn't called from `to_edge_transform_and_lower`.
-        result = super(XnnpackPartitioner, self).partition(exported_program)
-        targets: dict[str, set[str]] = {}
-        for node in exported_program.graph.nodes:
-            if "delegation_tag" in node.meta and node.op == "call_function":
-                targets.setdefault(node.meta["delegation_tag"], set()).add(_operator(node))
-        for tag, names in targets.items():
-            if names <= self._PLAIN:
-                # By this key XNNPACK runs the pass for linear layers alone.
-                spec = [CompileSpec("dqlinear_partitioner", b"")]
-                result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, spec)
-        return result
-
-    def generate_partitions(self, ep: torch.export.ExportedProgram) -> list[Any]:
-        """The parts that are worth it, without those that would wait for one another, which lowering fails on."""
-        return parts_in_order([part for part in super().generate_partitions(ep) if self.worth(part)], ep.graph)
-
-    def worth(self, part: Any) -> bool:
-        """Whether XNNPACK is to get the part."""
-        del part
-        return True
-
-    def whole(self, program: torch.export.ExportedProgram) -> list[Any]:
-        """The operators that XNNPACK takes whole, wherever they stand in `program`."""
-        operators, takes = self.ops_to_not_decompose(program)
-        refused = {node.target for node in program.graph.nodes if takes is not None and not takes(node)}
-        return [operator for operator in operators if operator not in refused]
-
-
-class ProductPartitioner(Partitioner):
-    """Hands XNNPACK the parts that hold a matrix product or a convolution, and no others.
-
-    Every part costs lowering, and a call at run time that only products pay for; a decoder whose state goes in and out
-    falls into dozens.
-    """
-
-    _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
-
-    def worth(self, part: Any) -> bool:
-        """Whether the part does more than move and add."""
-        return any(node.op == "call_function" and _operator(node) in self._PRODUCTS for node in part.nodes)
-
-
-def parts_in_order(parts: list[Any], graph: torch.fx.Graph) -> list[Any]:
-    """Those of `parts` that can be computed each in one piece, one after another; the first ones where not all can."""
-    if _in_order(parts, graph):
-        return parts
-    kept: list[Any] = []
-    for part in parts:
-        if _in_order([*kept, part], graph):
-            kept.append(part)
-    return kept
-
-
-def _in_order(parts: Iterable[Any], graph: torch.fx.Graph) -> bool:
-    owners = {node: number for number, part in enumerate(parts) for node in part.nodes}
-    needs: dict[Any, set[Any]] = {}
-    for node in graph.nodes:
-        own = owners.get(node, node)
-        # Each part gets the weights that it reads, so that they tie none to another.
-        sources = {owners.get(item, item) for item in node.all_input_nodes if item.op != "placeholder"}
-        if node.op != "placeholder":
-            needs.setdefault(own, set()).update(sources - {own})
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError:
-        return False
-    return True
-
-
-def _operator(node: torch.fx.Node) -> str:
-    """The name of a node's operator, without its namespace and overload."""
-    return format_target_name(cast(Any, node.target).__name__).partition(".")[0]
 
 
 def lower_methods(methods: Mapping[str, Any], constants: Mapping[str, Any], path: Path) -> dict[str, int]:
@@ -179,7 +58,6 @@ def lower_programs(
     Returns the bytes of memory that are planned for each method, its state among them. partitioner: says which parts
     XNNPACK gets.
     """
-    configs = [_OWN_CONFIGS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
     for program in programs.values():
         pair_complex_numbers(program)
     any_rounded = any(_is_rounded(program) for program in programs.values())
@@ -188,9 +66,9 @@ def lower_programs(
     for program in programs.values():
         multiply_by_computed_weights(program)
     try:
-        with _uncopied(programs.values()), _places_in_rows(), without_size_of_kernels():
+        with _uncopied(programs.values()), _places_in_rows(), without_size_of_kernels(), torch.no_grad():
             # `to_edge_transform_and_lower` would trace every program once or twice more, to ask what to keep whole.
-            chosen = partitioner(configs)
+            chosen = partitioner(CONFIGS)
             kept = [set(chosen.whole(program)) for program in programs.values()]
             settings = EdgeCompileConfig(
                 _check_ir_validity=False, _skip_dim_order=True, preserve_ops=list(set.intersection(*kept))
@@ -199,7 +77,7 @@ def lower_programs(
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
                     # Inputs are used where they are; a dynamic axis needs the constraint-based evaluation.
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                    memory_planning_pass=PrefixesInPlace(alloc_graph_input=False),
                     sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                     # Tables of rounded weights become ExecuTorch's own operators for them.
                     do_quant_fusion_and_const_prop=any_rounded,

@@ -1,0 +1,97 @@
+"""Pass: the first tokens of a state are read where they lie.
+
+Imports ExecuTorch at module level: import this module inside functions only.
+"""
+
+from typing import Any
+
+import torch
+from executorch.exir import memory
+from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
+from torch.export.exported_program import ExportGraphSignature as Signature
+from torch.fx.passes.infra.pass_base import PassResult
+
+
+class PrefixesInPlace(MemoryPlanningPass):
+    """ExecuTorch's memory planning, which gives the first rows of a state the state's own place instead of a copy.
+
+    ExecuTorch has no views of a part of a tensor, as its views are planned as their whole bases. A part that starts
+    where its base does needs no more than the base's place in the plan, and no instruction.
+    """
+
+    def run(self, graph_module: torch.fx.GraphModule, graph_signature: Signature | None = None) -> PassResult:
+        """Plan the memory of one method."""
+        states = _states(graph_signature)
+        nodes = list(graph_module.graph.nodes)
+        places = {node: place for place, node in enumerate(nodes)}
+        found = [
+            node
+            for node in nodes
+            if _is_prefix(node, states)
+            and not any(_writes(later, _base(node.args[0])) for later in nodes[places[node] : _last_read(node, places)])
+        ]
+        for node in found:
+            place = node.kwargs["out"]
+            node.target, node.args, node.kwargs = memory.view, (_base(node.args[0]), [*node.meta["val"].shape]), {}
+            graph_module.graph.erase_node(place)
+        graph_module.recompile()
+        result = super().run(graph_module, graph_signature)
+        for node in found:
+            own, whole = node.meta["spec"], node.args[0].meta["spec"]
+            own.mem_id, own.mem_offset, own.mem_obj_id = whole.mem_id, whole.mem_offset, whole.mem_obj_id
+        return result
+
+
+def _states(signature: Signature | None) -> set[str]:
+    """The names of the inputs that hold state between calls."""
+    if signature is None:
+        return set()
+    written = set(signature.buffers_to_mutate.values())
+    return {name for name, buffer in signature.inputs_to_buffers.items() if buffer in written}
+
+
+def _base(node: Any) -> Any:
+    """What a view shows; the node itself where it is none."""
+    while node.op == "call_function" and node.target is memory.view:
+        node = node.args[0]
+    return node
+
+
+def _is_prefix(node: torch.fx.Node, states: set[str]) -> bool:
+    """Whether the node copies the first rows of a state, in one piece and of a fixed size."""
+    if node.op != "call_function" or node.target is not torch.ops.aten.slice_copy.Tensor_out:
+        return False
+    source, axis, start, _, *step = node.args
+    assert isinstance(source, torch.fx.Node) and isinstance(axis, int)
+    base = _base(source)
+    sizes = [*source.meta["val"].shape, *node.meta["val"].shape]
+    return (
+        base.op == "placeholder"
+        and base.target in states
+        and start == 0
+        and step in ([], [1])
+        and all(isinstance(size, int) for size in sizes)
+        and all(size == 1 for size in source.meta["val"].shape[:axis])
+    )
+
+
+def _last_read(prefix: torch.fx.Node, places: dict[torch.fx.Node, int]) -> int:
+    """Where the last node stands that reads the prefix."""
+    return max((places[user] for user in prefix.users), default=places[prefix])
+
+
+def _writes(node: torch.fx.Node, state: torch.fx.Node) -> bool:
+    """Whether the node writes into the state, by its operator's schema."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        argument.alias_info is not None and argument.alias_info.is_write and _base(given) is state
+        for argument, given in _given(node)
+    )
+
+
+def _given(node: torch.fx.Node) -> list[tuple[Any, torch.fx.Node]]:
+    """A node's tensors with what its operator's schema says of them."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    named = {argument.name: argument for argument in arguments}
+    pairs = [*zip(arguments, node.args, strict=False), *((named[name], value) for name, value in node.kwargs.items())]
+    return [(argument, value) for argument, value in pairs if isinstance(value, torch.fx.Node)]

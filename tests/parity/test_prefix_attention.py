@@ -1,0 +1,59 @@
+"""A step's attention over a prefix of the state in a .pte: the same tokens as eager, on either side of each length."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from genbundle.builder import build_bundle
+from genbundle.builder.prefix_attention import LENGTHS, lengths_for
+from genbundle.runtime import load_bundle
+from genbundle.runtime.rewind import rewind
+from tests.zoo import models
+
+pytestmark = pytest.mark.slow
+ROOM = 1100
+SIZES = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=models.VOCABULARY, max_position_embeddings=ROOM, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    # Masks: windows that are longer than the first length, and layers without one.
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=300,
+            layer_types=["sliding_attention", "full_attention"],
+        )  # fmt: skip
+    ),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = FAMILIES[name]().eval()
+    for key, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in key:
+            parameter.data.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory):
+    """A model and its bundle, loaded."""
+    model = make(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "bundle"
+    return model, load_bundle(build_bundle(model, None, "xnnpack", output=path, progress=False))
+
+
+def eager(model, ids, new):
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None).numpy()
+
+
+@pytest.mark.parametrize("length", [5, LENGTHS[0] - 4, LENGTHS[0] - 1, LENGTHS[0], 700, LENGTHS[1] - 4, ROOM - 10])
+def test_the_tokens_of_eager(both, length):
+    model, own = both
+    ids = models.text_ids(length, seed=length)
+    found = own.generate(input_ids=ids.numpy(), max_new_tokens=10, do_sample=False, eos_token_id=())
+    np.testing.assert_array_equal(found.sequences, eager(model, ids, 10))
