@@ -90,7 +90,7 @@ class Partitioner(XnnpackPartitioner):
     # What XNNPACK's serializer takes as it is: its seventeen passes, each of which traces the part, change nothing.
     _PLAIN = frozenset({
         "linear", "bmm", "add", "sub", "mul", "div", "neg", "exp", "sqrt", "rsqrt", "sigmoid", "tanh", "gelu",
-        "_softmax", "view_copy", "permute_copy", "clone", "maximum", "minimum",
+        "_softmax", "view_copy", "permute_copy", "slice_copy", "clone", "maximum", "minimum",
     })  # fmt: skip
 
     def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:

@@ -3,6 +3,7 @@
 Imports ExecuTorch at module level: import this module inside functions only.
 """
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,15 +22,7 @@ class PrefixesInPlace(MemoryPlanningPass):
 
     def run(self, graph_module: torch.fx.GraphModule, graph_signature: Signature | None = None) -> PassResult:
         """Plan the memory of one method."""
-        states = _states(graph_signature)
-        nodes = list(graph_module.graph.nodes)
-        places = {node: place for place, node in enumerate(nodes)}
-        found = [
-            node
-            for node in nodes
-            if _is_prefix(node, states)
-            and not any(_writes(later, _base(node.args[0])) for later in nodes[places[node] : _last_read(node, places)])
-        ]
+        found = prefixes(graph_module.graph, _states(graph_signature))
         for node in found:
             place = node.kwargs["out"]
             node.target, node.args, node.kwargs = memory.view, (_base(node.args[0]), [*node.meta["val"].shape]), {}
@@ -42,12 +35,33 @@ class PrefixesInPlace(MemoryPlanningPass):
         return result
 
 
+def prefixes(graph: torch.fx.Graph, states: Collection[str]) -> list[torch.fx.Node]:
+    """The copies of first rows of `states` (names of inputs) that nothing writes to while they are read."""
+    nodes = list(graph.nodes)
+    places = {node: place for place, node in enumerate(nodes)}
+    found = []
+    for node in nodes:
+        if _is_prefix(node, states):
+            last = max((places[reader] for reader in _readers(node)), default=0)
+            if not any(_writes(later, _base(node.args[0])) for later in nodes[places[node] : last]):
+                found.append(node)
+    return found
+
+
 def _states(signature: Signature | None) -> set[str]:
     """The names of the inputs that hold state between calls."""
     if signature is None:
         return set()
     written = set(signature.buffers_to_mutate.values())
     return {name for name, buffer in signature.inputs_to_buffers.items() if buffer in written}
+
+
+def _readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What reads a node, itself or as a view."""
+    for user in node.users:
+        yield user
+        if user.target is memory.view:
+            yield from _readers(user)
 
 
 def _base(node: Any) -> Any:
@@ -57,7 +71,7 @@ def _base(node: Any) -> Any:
     return node
 
 
-def _is_prefix(node: torch.fx.Node, states: set[str]) -> bool:
+def _is_prefix(node: torch.fx.Node, states: Collection[str]) -> bool:
     """Whether the node copies the first rows of a state, in one piece and of a fixed size."""
     if node.op != "call_function" or node.target is not torch.ops.aten.slice_copy.Tensor_out:
         return False
@@ -73,11 +87,6 @@ def _is_prefix(node: torch.fx.Node, states: set[str]) -> bool:
         and all(isinstance(size, int) for size in sizes)
         and all(size == 1 for size in source.meta["val"].shape[:axis])
     )
-
-
-def _last_read(prefix: torch.fx.Node, places: dict[torch.fx.Node, int]) -> int:
-    """Where the last node stands that reads the prefix."""
-    return max((places[user] for user in prefix.users), default=places[prefix])
 
 
 def _writes(node: torch.fx.Node, state: torch.fx.Node) -> bool:
