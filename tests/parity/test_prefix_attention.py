@@ -10,6 +10,7 @@ from genbundle.builder.prefix_attention import LENGTHS, lengths_for
 from genbundle.runtime import load_bundle
 from genbundle.runtime.rewind import rewind
 from tests.zoo import models
+from tests.zoo.tokenizers import chat_tokenizer
 
 pytestmark = pytest.mark.slow
 ROOM = 1100
@@ -41,7 +42,8 @@ def both(request, tmp_path_factory):
     """A model and its bundle, loaded."""
     model = make(request.param)
     path = tmp_path_factory.mktemp(request.param) / "bundle"
-    return model, load_bundle(build_bundle(model, None, "xnnpack", output=path, progress=False))
+    processor = chat_tokenizer(models.VOCABULARY)
+    return model, load_bundle(build_bundle(model, None, "xnnpack", processor=processor, output=path, progress=False))
 
 
 def eager(model, ids, new):
@@ -79,6 +81,19 @@ def test_tokens_are_taken_back(both):
             end = length + count
             np.testing.assert_allclose(step(ids[:, length:end]), expected(ids[:, :end]), rtol=0, atol=2e-3)
             length = end
+
+
+def test_in_the_stock_runner(both):
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    own, said = both[1], []
+    found = own.generate("Hello", max_new_tokens=LENGTHS[0] + 20, do_sample=False, eos_token_id=())
+    expected = [own.text.decode([token], skip_special_tokens=False) for token in found.sequences[0, 5:].tolist()]
+    runner = TextLLMRunner(str(own.bundle.path / "model.pte"), str(own.bundle.path / "tokenizer.json"))
+    asked = GenerationConfig(temperature=0.0, echo=False, max_new_tokens=len(expected))
+    runner.generate("Hello", asked, said.append, None)
+    assert said == expected[: len(said)]
+    assert len(said) == len(expected) or said[-1] == "<eos>"
 
 
 def test_a_step_is_products_that_xnnpack_runs(both):
