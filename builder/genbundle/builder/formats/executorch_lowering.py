@@ -74,6 +74,8 @@ def lower_programs(
                 _check_ir_validity=False, _skip_dim_order=True, preserve_ops=list(set.intersection(*kept))
             )
             edge = to_edge(dict(programs), dict(constants), settings).to_backend(chosen)
+            if any_rounded:
+                _keep_parts_of_branches(edge)
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
                     # Inputs are used where they are; a dynamic axis needs the constraint-based evaluation.
@@ -96,6 +98,21 @@ def lower_programs(
     planned = {plan.name: sum(plan.non_const_buffer_sizes) for plan in program.executorch_program.execution_plan}
     _release(edge)
     return planned
+
+
+def _keep_parts_of_branches(edge: EdgeProgramManager) -> None:
+    """Name the parts that XNNPACK got of branches in the graphs around them.
+
+    ExecuTorch's fusion of rounded tables removes modules that its graph doesn't name, and with them those that only a
+    branch does (`GraphModule.delete_all_unused_submodules`, by `subgraph_rewriter.replace_pattern`, torch 2.13). It
+    removes these names too, when it is done.
+    """
+    for name in edge.methods:
+        module = edge.exported_program(name).graph_module
+        with module.graph.inserting_before(next(iter(module.graph.nodes))):
+            for path, part in module.named_modules():
+                if isinstance(part, LoweredBackendModule) and "." in path:
+                    module.graph.get_attr(path)
 
 
 def _is_rounded(program: torch.export.ExportedProgram) -> bool:
