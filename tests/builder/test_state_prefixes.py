@@ -86,7 +86,7 @@ def test_rows_that_are_written_before_they_are_read_are_copied(late):
 
 
 @pytest.mark.parametrize(("capacity", "heads", "expected"), [
-    (256, 2, ()), (257, 2, (256, 257)), (1024, 8, (256, 1024)), (4096, 1, (256, 1024, 4096)),
+    (512, 2, ()), (513, 2, (256, 513)), (1024, 8, (256, 1024)), (4096, 1, (256, 1024, 4096)),
     (32768, 2, (256, 1024, 4096)), (4096, 12, ()),
 ])  # fmt: skip
 def test_which_lengths_a_step_is_laid_out_for(capacity, heads, expected):

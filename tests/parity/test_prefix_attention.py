@@ -6,14 +6,14 @@ import torch
 import transformers as hf
 
 from genbundle.builder import build_bundle
-from genbundle.builder.prefix_attention import LENGTHS, lengths_for
+from genbundle.builder.prefix_attention import LENGTHS, SHORT, lengths_for
 from genbundle.runtime import load_bundle
 from genbundle.runtime.rewind import rewind
 from tests.zoo import models
 from tests.zoo.tokenizers import chat_tokenizer
 
 pytestmark = pytest.mark.slow
-ROOM = 300
+ROOM = SHORT + 8
 FIRST = LENGTHS[0]
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -72,8 +72,8 @@ def test_tokens_are_taken_back(both):
     def step(tokens):
         return own.wiring.step(tokens.numpy(), sequences)
 
-    _, sequences = own.wiring.prompt({"input_ids": ids[:, :280].numpy(), "attention_mask": np.ones((1, 280), int)})
-    for length in (280, 258, 270, 250, 100):
+    _, sequences = own.wiring.prompt({"input_ids": ids[:, :500].numpy(), "attention_mask": np.ones((1, 500), int)})
+    for length in (500, 258, 400, 250, 100):
         if length < sequences.mask.shape[1]:
             rewind(own.wiring, sequences, length)
         elif length > sequences.mask.shape[1]:

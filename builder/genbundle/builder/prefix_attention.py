@@ -1,20 +1,23 @@
 """A step's attention over the part of a state that is filled, as matrix products that XNNPACK runs.
 
-ExecuTorch's fused operator is plain loops where it is built without BLAS, for each query head by itself: what a step
-takes with 900 tokens of context is a quarter of it, with 4,000 two thirds. XNNPACK's products are several times as
-fast, but their sizes are fixed when a program is lowered. So a program holds the step's attention for a few lengths and
-`torch.cond` takes the shortest that does; a prompt goes to the fused operator as before.
+ExecuTorch's fused operator is plain loops where it is built without BLAS, for each query head by itself: with 900
+tokens of context they are a quarter of a step's time, with 4,000 two thirds. XNNPACK's products are several times as
+fast, but their sizes are fixed when a program is lowered. So a program holds a step's attention for a few lengths and
+takes the shortest that does; a prompt goes to the fused operator.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 LENGTHS = (256, 1024, 4096)
-"""How many tokens a product may cover; a shorter state, and what lies beyond the last, is the fused operator's. Each
-costs about a second a layer when a bundle is built, and a factor of four is about what XNNPACK is faster by."""
+"""How many tokens a product may cover; what lies beyond the last is the fused operator's. XNNPACK is about four times
+as fast, so that a product of four times the tokens needed takes no longer."""
+
+SHORT = 512
+"""A state of at most so many tokens is left to the fused operator: each length costs some seconds a layer when a
+bundle is built, and four kilobytes, and a step would gain little."""
 
 MOST_KEY_HEADS = 8
 """One product covers all key heads, which takes as many times the multiplications that are needed: with 8 of them a
@@ -23,7 +26,7 @@ step still gains, with 12 no more."""
 
 def lengths_for(capacity: int, key_heads: int) -> tuple[int, ...]:
     """The lengths of a state's prefixes that a step's attention is laid out for; none where that gains nothing."""
-    if capacity <= LENGTHS[0] or key_heads > MOST_KEY_HEADS:
+    if capacity <= SHORT or key_heads > MOST_KEY_HEADS:
         return ()
     return tuple(sorted({min(length, capacity) for length in LENGTHS}))
 
@@ -57,40 +60,49 @@ class Prefixes:
         lengths = lengths_for(capacity, key_heads)
         scaled, plain = (self._own_heads(states.shape[2], key_heads, value) for value in (scaling, 1.0))
 
-        def nothing(states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(states.shape[1], states.shape[2] * states.shape[3])
+        operands = states, *buffers, self.start, *(() if mask is None else (mask,))
+        first = len(operands) + 2  # where the four of each length begin in what the branches get
 
-        def whole(
-            states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, *mask: Any
-        ) -> Any:
-            number = start[0].item()
+        def whole(*given: torch.Tensor) -> torch.Tensor:
+            states, keys, values, start, *mask = given[: len(operands)]
+            number = cast(int, start[0].item())
             torch._check(number >= 0)
             torch._check(number < capacity)
-            return otherwise(states, keys, values, number, *mask).reshape(states.shape[1], -1).clone()
+            return otherwise(states, keys, values, number, *mask).reshape(states.shape[1], -1)
 
-        def keep(result: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            return result.clone()
+        def within(place: int) -> Callable[..., torch.Tensor]:
+            """The branch of a step whose token stands in the prefix at `place` or in a longer one."""
 
-        # One after another and not inside one another, as every pass over a program goes through the branches of
-        # branches several times. Results are matrices: the strides of more axes would differ where S is 1.
-        operands = states, *buffers, self.start, *(() if mask is None else (mask,))
-        result = _cond(self._at(0, lengths[-1]), nothing, whole, operands)
-        for below, length in pairwise((0, *lengths)):
-            rows = [_prefix(item, length) for item in buffers]
-            added = self._mask(length) if mask is None else torch.slice_copy(mask[-1:], 1, 0, length)
-            result = _cond(self._at(below, length), _step, keep, (result, states, *rows, added, scaled, plain))
+            def step(*given: torch.Tensor) -> torch.Tensor:
+                keys, values, mask, _ = given[first + 4 * place :][:4]
+                return _step(given[0], keys, values, mask, *given[first - 2 : first])
+
+            def choose(*given: torch.Tensor) -> torch.Tensor:
+                return _cond(given[first + 4 * place + 3], step, within(place + 1), given)
+
+            return step if place == len(lengths) - 1 else choose
+
+        each = [
+            (*(_prefix(item, length) for item in buffers), self._mask(mask, length), self._below(length))
+            for length in lengths
+        ]
+        # One choice inside another, since ExecuTorch 1.4.1 keeps the results of all choices of a graph in one place.
+        branches = within(0), whole
+        result = _cond(each[-1][-1], *branches, (*operands, scaled, plain, *(item for four in each for item in four)))
         return result.reshape(states.shape)
 
-    def _at(self, start: int, end: int) -> torch.Tensor:
-        """Whether the call is a step whose token stands between the two."""
+    def _below(self, end: int) -> torch.Tensor:
+        """Whether the call is a step whose token stands before `end`."""
 
         def compute() -> torch.Tensor:
-            return (torch.full((), self.query_length) == 1) & (self.start[0] >= start) & (self.start[0] < end)
+            return (torch.full((), self.query_length) == 1) & (self.start[0] < end)
 
-        return self._once(("at", start, end), compute)
+        return self._once(("below", end), compute)
 
-    def _mask(self, length: int) -> torch.Tensor:
-        """What a step's plainly causal attention adds to its scores, `[1, length]`."""
+    def _mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor:
+        """What a step adds to its scores, `[1, length]`."""
+        if mask is not None:
+            return torch.slice_copy(mask[-1:], 1, 0, length)
         closed = torch.finfo(torch.float32).min
         return self._once(("mask", length), lambda: torch.where(torch.arange(length) > self.start, closed, 0.0)[None])
 
@@ -107,8 +119,8 @@ class Prefixes:
 
 
 def _step(
-    result: torch.Tensor, states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-    scaled: torch.Tensor, plain: torch.Tensor,
+    states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaled: torch.Tensor,
+    plain: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """One query over a prefix, `[S, heads * width]` for an S of 1.
 
@@ -120,7 +132,7 @@ def _step(
     scores = torch.bmm(keys, queries.permute(0, 2, 1))
     weights = torch.softmax(scores.permute(0, 2, 1) + mask[None], dim=-1)
     found = torch.bmm(weights, values).view(heads, -1, width)
-    return torch.bmm(plain.permute(0, 2, 1), found).view(1, -1).repeat(result.shape[0], 1)
+    return torch.bmm(plain.permute(0, 2, 1), found).view(1, -1).repeat(states.shape[1], 1)
 
 
 def _prefix(buffer: torch.Tensor, length: int) -> torch.Tensor:
@@ -128,8 +140,16 @@ def _prefix(buffer: torch.Tensor, length: int) -> torch.Tensor:
 
     No copy is left of it: passes/state_prefixes.py lets it be read where it lies.
     """
-    rows = buffer.view(1, buffer.shape[1], -1)
-    return rows if length == buffer.shape[1] else torch.slice_copy(rows, 1, 0, length)
+    return torch.slice_copy(buffer.view(1, buffer.shape[1], -1), 1, 0, length)
+
+
+def finite(new: torch.Tensor) -> torch.Tensor:
+    """Keys or values for a state, with 0 in the place of what is no finite number.
+
+    A step reads the rows behind its own too, with weights of 0. What an earlier sequence left there must not make that
+    anything else: 0 times infinity is no number.
+    """
+    return torch.where(new - new == 0, new, 0.0)
 
 
 def _cond(taken: torch.Tensor, one: Any, other: Any, operands: tuple[torch.Tensor, ...]) -> torch.Tensor:

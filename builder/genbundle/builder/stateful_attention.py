@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, or_masks, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from genbundle.builder.prefix_attention import Prefixes, lengths_for
+from genbundle.builder.prefix_attention import Prefixes, finite, lengths_for
 from genbundle.bundles import UnsupportedModelError
 
 IMPLEMENTATION, FLASH_IMPLEMENTATION = "genbundle_stateful", "genbundle_flash_stateful"
@@ -46,8 +46,10 @@ class BufferCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Write the new keys and values `[1, heads, S, width]`; returns the whole buffers, heads first."""
+        read_beyond = bool(lengths_for(*self.buffers[0].shape[1:3]))
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), buffer, self.cache.start)
+            rows = new.transpose(1, 2).contiguous()
+            torch.ops.llama.update_cache(finite(rows) if read_beyond else rows, buffer, self.cache.start)
         self.returned = self.buffers[0].transpose(1, 2), self.buffers[1].transpose(1, 2)
         return self.returned
 
@@ -89,10 +91,10 @@ class BufferCache(Cache):
         """Whether there is a past, as models ask before they take a prompt's inputs: here every call continues one."""
         return True
 
-    def buffers_of(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The buffers behind a key tensor that some layer's `update` returned, None for any other tensor."""
+    def buffers_of(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The buffers behind keys and values that some layer's `update` returned, None for any other tensors."""
         for layer in self._own:
-            if layer.returned is not None and layer.returned[0] is key:
+            if layer.returned is not None and layer.returned[0] is key and layer.returned[1] is value:
                 return layer.buffers
         return None
 
@@ -142,7 +144,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query [1, heads, S, width]` over the state; returns `[1, S, heads, width]`."""
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
-    buffers = cache.buffers_of(key)
+    buffers = cache.buffers_of(key, value)
     if softcap is None and s_aux is None and buffers is not None and buffers[0].shape == buffers[1].shape:
         states, mask = query.transpose(1, 2).contiguous(), None
         if attention_mask is not None:

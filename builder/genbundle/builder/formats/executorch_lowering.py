@@ -66,6 +66,7 @@ def lower_programs(
     for program in programs.values():
         multiply_by_computed_weights(program)
     try:
+        # Without gradients: branches of control flow that read a number out of a tensor can't be traced with them.
         with _uncopied(programs.values()), _places_in_rows(), without_size_of_kernels(), torch.no_grad():
             # `to_edge_transform_and_lower` would trace every program once or twice more, to ask what to keep whole.
             chosen = partitioner(CONFIGS)
@@ -104,8 +105,9 @@ def _keep_parts_of_branches(edge: EdgeProgramManager) -> None:
     """Name the parts that XNNPACK got of branches in the graphs around them.
 
     ExecuTorch's fusion of rounded tables removes modules that its graph doesn't name, and with them those that only a
-    branch does (`GraphModule.delete_all_unused_submodules`, by `subgraph_rewriter.replace_pattern`, torch 2.13). It
-    removes these names too, when it is done.
+    branch does (`GraphModule.delete_all_unused_submodules` in torch 2.13's torch/fx/graph_module.py, by
+    `subgraph_rewriter.replace_pattern`). It removes these names too, when it is done. To go with a torch that looks
+    into the graphs of modules that are named.
     """
     for name in edge.methods:
         module = edge.exported_program(name).graph_module

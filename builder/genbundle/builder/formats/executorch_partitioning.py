@@ -98,8 +98,9 @@ class Partitioner(XnnpackPartitioner):
         # Past the parent's own, which only warns that it isn't called from `to_edge_transform_and_lower`.
         result = super(XnnpackPartitioner, self).partition(exported_program)
         graphs = [exported_program.graph]
+        # ExecuTorch lowers what is tagged in branches too, but its partitioner looks at a program's own graph only.
         for name, branch in _branches(exported_program.graph_module):
-            for part in self.generate_partitions(_program_of(branch, exported_program)):
+            for part in filter(_multiplies, self.generate_partitions(_program_of(branch, exported_program))):
                 tag = f"{name}_{part.id}"
                 result.partition_tags[tag] = self.delegation_spec
                 for node in part.nodes:
@@ -139,11 +140,17 @@ class ProductPartitioner(Partitioner):
     falls into dozens.
     """
 
-    _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
-
     def worth(self, part: Any) -> bool:
         """Whether the part does more than move and add."""
-        return any(node.op == "call_function" and _operator(node) in self._PRODUCTS for node in part.nodes)
+        return _multiplies(part)
+
+
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "convolution"})
+
+
+def _multiplies(part: Any) -> bool:
+    """Whether a part holds a matrix product or a convolution."""
+    return any(node.op == "call_function" and _operator(node) in _PRODUCTS for node in part.nodes)
 
 
 def _branches(module: torch.fx.GraphModule, within: str = "branch") -> Iterator[tuple[str, torch.fx.GraphModule]]:

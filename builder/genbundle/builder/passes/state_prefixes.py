@@ -42,8 +42,11 @@ def prefixes(graph: torch.fx.Graph, states: Collection[str]) -> list[torch.fx.No
     found = []
     for node in nodes:
         if _is_prefix(node, states):
-            last = max((places[reader] for reader in _readers(node)), default=0)
-            if not any(_writes(later, _base(node.args[0])) for later in nodes[places[node] : last]):
+            readers = list(_readers(node))
+            last = max((places[reader] for reader in readers), default=0)
+            written = any(_writes(later, _base(node.args[0])) for later in nodes[places[node] : last + 1])
+            # A caller may keep an output, or put it elsewhere.
+            if not written and all(reader.op != "output" for reader in readers):
                 found.append(node)
     return found
 
@@ -75,17 +78,17 @@ def _is_prefix(node: torch.fx.Node, states: Collection[str]) -> bool:
     """Whether the node copies the first rows of a state, in one piece and of a fixed size."""
     if node.op != "call_function" or node.target is not torch.ops.aten.slice_copy.Tensor_out:
         return False
-    source, axis, start, _, *step = node.args
+    named = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False))
+    source, axis = named["self"], named.get("dim", 0)
     assert isinstance(source, torch.fx.Node) and isinstance(axis, int)
-    base = _base(source)
-    sizes = [*source.meta["val"].shape, *node.meta["val"].shape]
+    base, shape = _base(source), source.meta["val"].shape
     return (
         base.op == "placeholder"
         and base.target in states
-        and start == 0
-        and step in ([], [1])
-        and all(isinstance(size, int) for size in sizes)
-        and all(size == 1 for size in source.meta["val"].shape[:axis])
+        and named.get("start") in (None, 0)
+        and named.get("step", 1) == 1
+        and all(isinstance(size, int) for size in (*shape, *node.meta["val"].shape))
+        and all(size == 1 for size in shape[:axis])
     )
 
 
