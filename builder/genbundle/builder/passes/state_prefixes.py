@@ -4,12 +4,12 @@ Imports ExecuTorch at module level: import this module inside functions only.
 """
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.exir import memory
 from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
-from torch.export.exported_program import ExportGraphSignature as Signature
+from torch.export.graph_signature import ExportGraphSignature as Signature
 from torch.fx.passes.infra.pass_base import PassResult
 
 
@@ -23,14 +23,15 @@ class PrefixesInPlace(MemoryPlanningPass):
     def run(self, graph_module: torch.fx.GraphModule, graph_signature: Signature | None = None) -> PassResult:
         """Plan the memory of one method."""
         found = prefixes(graph_module.graph, _states(graph_signature))
-        for node in found:
-            place = node.kwargs["out"]
-            node.target, node.args, node.kwargs = memory.view, (_base(node.args[0]), [*node.meta["val"].shape]), {}
+        bases = [_base(node.args[0]) for node in found]
+        for node, base in zip(found, bases, strict=True):
+            place = cast(torch.fx.Node, node.kwargs["out"])
+            node.target, node.args, node.kwargs = memory.view, (base, [*node.meta["val"].shape]), {}
             graph_module.graph.erase_node(place)
         graph_module.recompile()
         result = super().run(graph_module, graph_signature)
-        for node in found:
-            own, whole = node.meta["spec"], node.args[0].meta["spec"]
+        for node, base in zip(found, bases, strict=True):
+            own, whole = node.meta["spec"], base.meta["spec"]
             own.mem_id, own.mem_offset, own.mem_obj_id = whole.mem_id, whole.mem_offset, whole.mem_obj_id
         return result
 
@@ -67,7 +68,7 @@ def _readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield from _readers(user)
 
 
-def _base(node: Any) -> Any:
+def _base(node: Any) -> torch.fx.Node:
     """What a view shows; the node itself where it is none."""
     while node.op == "call_function" and node.target is memory.view:
         node = node.args[0]
@@ -86,7 +87,7 @@ def _is_prefix(node: torch.fx.Node, states: Collection[str]) -> bool:
         base.op == "placeholder"
         and base.target in states
         and named.get("start") in (None, 0)
-        and named.get("step", 1) == 1
+        and named.get("step") in (None, 1)
         and all(isinstance(size, int) for size in (*shape, *node.meta["val"].shape))
         and all(size == 1 for size in shape[:axis])
     )
