@@ -83,7 +83,9 @@ def prepare(root: Path, bundles: Iterable[str]) -> dict[str, tuple[str, str, tup
     if not python.exists():
         venv.create(root / "environment", with_pip=True)
         settings = {**os.environ, "CMAKE_ARGS": _compiled_for()}
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True, env=settings)
+        # pip would take a wheel that it compiled once, whatever it was compiled for.
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *PACKAGES]
+        subprocess.run(install, check=True, env=settings)
         # GenAI's model builder needs torch and transformers: the project's own.
         packages = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, check=True
