@@ -38,7 +38,7 @@ def make(name, **changed):
     return model
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.long)])
 def both(request, tmp_path_factory):
     """A model and its bundle, loaded."""
     model = make(request.param)
