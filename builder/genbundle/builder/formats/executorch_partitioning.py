@@ -48,20 +48,20 @@ class OneAxisConvolutionConfig(ConvolutionConfig):
         return not several and super().check_constraints(node, ep)
 
 
-class OwnSliceConfig(SliceCopyConfig):
-    """Leaves the first tokens of a state where they are: XNNPACK would copy them (passes/state_prefixes.py)."""
+class _LeavesStates:
+    """Leaves parts of a state, and a state in another shape, where they are: XNNPACK would copy them."""
 
     def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
         """Whether XNNPACK takes the node."""
-        return not _reads_state(node) and super().check_constraints(node, ep)
+        return not _reads_state(node) and cast(Any, super()).check_constraints(node, ep)
 
 
-class OwnViewConfig(ViewCopyConfig):
-    """Leaves a state that is seen in another shape where it is, as `OwnSliceConfig` does."""
+class OwnSliceConfig(_LeavesStates, SliceCopyConfig):
+    """For the first tokens of a state (passes/state_prefixes.py)."""
 
-    def check_constraints(self, node: torch.fx.Node, ep: torch.export.ExportedProgram) -> bool:
-        """Whether XNNPACK takes the node."""
-        return not _reads_state(node) and super().check_constraints(node, ep)
+
+class OwnViewConfig(_LeavesStates, ViewCopyConfig):
+    """For a state with its heads side by side."""
 
 
 def _reads_state(node: torch.fx.Node) -> bool:
