@@ -49,6 +49,19 @@ def test_as_much_room_as_is_needed_where_the_length_is_known():
     assert made.tensors["0.key"].shape[2] == 6
 
 
+def test_nothing_of_tokens_that_are_taken_back_is_left():
+    """Attention over whole buffers multiplies what lies behind the tokens by zero, which numbers outlive that aren't
+    finite."""
+    made = state.State((ENTRY,), 1)
+    written(made, 5)
+    made.tensors["0.key"][:, :, 3:] = np.nan
+    made.cut(3, np.asarray)
+    assert made.exact("0.key", np.asarray)[0, 0, :, 0].tolist() == [0.0, 1.0, 2.0]
+    written(made, 1)
+    assert np.isfinite(made.tensors["0.key"]).all() and made.room("0.key") > 4
+    assert made.exact("0.key", np.asarray)[0, 0, :, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
 KEYS = Source(kind="state", name="0.key")
 PAST = Input(name="past", dtype="float32", shape=("batch", 2, CAPACITY, 8), source=KEYS)
 WRONG = {

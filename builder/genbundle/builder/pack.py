@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from genbundle.builder.attempts import package_versions
 from genbundle.builder.build import writing
-from genbundle.builder.formats.onnx import write_models
+from genbundle.builder.formats.onnx import forget_shapes, write_models
 from genbundle.builder.limits import Limits, limits_of
 from genbundle.builder.loading import Loaded, borrowed, load, load_processor
 from genbundle.builder.passes.tied_weights import share_transposed_weights
@@ -121,6 +121,7 @@ def _manifest(export: UpstreamExport, processor: Any, limits: Limits, folder: Pa
     programs = tuple(_program(name, model) for name, model in export.graphs.items())
     for model in export.graphs.values():
         share_transposed_weights(model)
+        forget_shapes(model)
     size = write_models(export.graphs, folder)
     decode = programs[-1]
     tokens = next(item for item in decode.inputs if item.source.kind == "tokens")

@@ -60,11 +60,12 @@ class State:
         return self._rooms[name]
 
     def cut(self, length: int, to_numpy: Callable[[Tensor], np.ndarray]) -> None:
-        """Keep the first `length` tokens; what lies beyond in buffers is written over."""
-        for name, axis in self._axes.items():
-            if name not in self._rooms:
-                array = to_numpy(self.tensors[name])
-                self.tensors[name] = np.ascontiguousarray(array[(slice(None),) * axis + (slice(length),)])
+        """Keep the first `length` tokens. Buffers are made anew when they are needed: products over a whole buffer hide
+        what lies behind the tokens by numbers that it is multiplied with, which leaves what isn't finite as it is."""
+        for name in self._axes if length < self.length else ():
+            array, kept = to_numpy(self.tensors[name]), (slice(None),) * self._axes[name] + (slice(length),)
+            self.tensors[name] = np.ascontiguousarray(array[kept])
+            self._rooms.pop(name, None)
         self.length = length
 
     def exact(self, name: str, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:

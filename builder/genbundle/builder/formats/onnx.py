@@ -12,9 +12,11 @@ from genbundle.builder.formats import Exported, Progress, describe_inputs, lower
 from genbundle.builder.formats.onnx_precision import round_programs
 from genbundle.builder.passes.batch_transposes import unfuse_batch_transposes
 from genbundle.builder.passes.engine_optimized import optimize
+from genbundle.builder.passes.left_products import multiply_from_the_left
 from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
+from genbundle.builder.passes.step_attention import attend_in_products
 from genbundle.builder.passes.tied_weights import share_transposed_weights
 from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, part_of
 from genbundle.builder.weights import SHARED_FROM_BYTES, WEIGHTS_NAME, WeightPool
@@ -38,13 +40,18 @@ def export_onnx(
     for component, model in lowered:
         if provider == "cpu" and "language_model" in component.roles:
             keep_output_rows(model)
+        hidden = _hidden_states(model, component)
         _name_axes(model, component)
+        forget_shapes(model, hidden)
         program = rounded.describe(_describe(model, component, states))
         _rename(model, component)
         if provider == "cpu" and not shared:
             progress(f"optimize {component.name}")
             _forget_trace(model)
             model, complete = optimize(model)
+            if "language_model" in component.roles:
+                multiply_from_the_left(model)
+                attend_in_products(model)
             program = replace(program, optimized=complete)
         models[component.name] = model
         programs.append(program)
@@ -89,11 +96,37 @@ def _forget_trace(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-        # ONNX Runtime plans its memory by these, finds them again by itself, and the tracer's aren't always right:
-        # two symbols that met in one sample may have become one.
+
+
+def forget_shapes(model: ir.Model, known: Mapping[str, ir.Shape] | None = None) -> None:
+    """Leave values within the graph the shapes that are `known`, by name, and no others.
+
+    ONNX Runtime plans its memory by these, finds most again by itself, and the tracer's aren't always right: two
+    symbols that met in one sample may have become one.
+    """
+    for node in model.graph.all_nodes():
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = None
+                value.shape = (known or {}).get(value.name or "")
+
+
+def _hidden_states(model: ir.Model, component: Component) -> dict[str, ir.Shape]:
+    """The shapes of the values that hold a row for each token, `[batch, tokens, features]`, in the axes' names.
+
+    Without them ONNX Runtime's planning would end where a branch or a Reshape hides a shape: it would reuse no memory
+    behind, and look long for some.
+    """
+    shapes = {}
+    for given in model.graph.inputs:
+        names = component.axes.get(given.name or "", {})
+        if given.shape is None or (names.get(0), names.get(1)) != ("batch", "sequence"):
+            continue
+        for node in model.graph:
+            for value in node.outputs:
+                shape = value.shape
+                if shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[:2] == given.shape[:2]:
+                    shapes[value.name or ""] = ir.Shape([names[0], names[1], shape[2]])
+    return shapes
 
 
 def _without_unread_state(entry: Program, states: Mapping[str, State]) -> Program:

@@ -1,0 +1,153 @@
+"""Pass: the weights of feed-forward layers as the left side of their products."""
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from genbundle.builder.passes.insertion import constant, insert_before, take_place
+
+# What does the same to each number, wherever it stands.
+_EACH = {"Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Neg", "QuickGelu", "Relu", "Sigmoid", "Tanh"}
+_PAIRS = {"Add", "Div", "Mul", "Pow", "Sub"}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The products that begin a layer, all of the same rows, with the Split of what each gives, if there is one; the
+    element-wise nodes behind them; and the product at its end."""
+
+    last: ir.Node
+    first: dict[ir.Node, ir.Node | None] = field(default_factory=dict)
+    between: dict[ir.Node, None] = field(default_factory=dict)
+
+
+def multiply_from_the_left(model: ir.Model) -> bool:
+    """Between two products by weights with only element-wise operators between them, tokens become columns:
+    `f(x @ A.T) @ B.T` is `(B @ f(A @ x.T)).T`, for weights that `keep_output_rows` has laid so.
+
+    ONNX Runtime packs the right side of a product in each call, which for a prompt of 128 tokens takes as long as a
+    sixth of its products. Now the tokens are what it packs, and the weights are read where they are. A step is the same
+    product of a matrix and a vector either way. Returns whether the model was modified.
+    """
+    graph, modified = model.graph, False
+    for node in list(graph):
+        layer = _layer_before(node)
+        if layer is not None:
+            _turn(graph, layer)
+            modified = True
+    return modified
+
+
+def _weight(node: ir.Node) -> ir.Value | None:
+    """The weight `[outputs, inputs]` of a product by its transpose."""
+    if node.op_type != "FusedMatMul":
+        return None
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    plain = attributes.pop("transB", 0) == 1 and attributes.pop("alpha", 1.0) == 1.0 and not any(attributes.values())
+    weight = node.inputs[1]
+    return weight if plain and weight is not None and weight.is_initializer() and len(_sizes(weight)) == 2 else None
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(int(size) for size in value.const_value.shape)  # pyright: ignore[reportArgumentType]
+
+
+def _layer_before(last: ir.Node) -> _Layer | None:
+    """The layer that a product ends; None where something in it needs tokens as rows, or is read elsewhere too."""
+    weight = _weight(last)
+    if weight is None:
+        return None
+    layer, reached = _Layer(last), [last.inputs[0]]
+    while reached:
+        value = reached.pop()
+        node = None if value is None else value.producer()
+        if node is None or node.graph is not last.graph:
+            return None
+        parts = node if node.op_type == "Split" and _takes_apart(node) else None
+        product = node if parts is None else parts.inputs[0].producer()  # pyright: ignore[reportOptionalMemberAccess]
+        if product is not None and _weight(product) is not None:
+            layer.first[product] = parts
+        elif node not in layer.between:
+            read = _computed(node)
+            if read is None:
+                return None
+            layer.between[node] = None
+            reached += read
+    nodes = {*layer.first, *filter(None, layer.first.values()), *layer.between, last}
+    outputs = [value for node in nodes - {last} for value in node.outputs]
+    alone = all(not value.is_graph_output() and {use.node for use in value.uses()} <= nodes for value in outputs)
+    same = len({node.inputs[0] for node in layer.first}) == 1
+    back = all(_sizes(weight)[0] == _sizes(given)[1] for node in layer.first if (given := _weight(node)) is not None)
+    return layer if layer.between and alone and same and back else None
+
+
+def _takes_apart(split: ir.Node) -> bool:
+    """Whether a Split deals out the features that one product gives it, by a weight that nothing else reads."""
+    product = split.inputs[0].producer() if split.inputs[0] is not None else None
+    weight = None if product is None else _weight(product)
+    sizes = split.inputs[1] if len(split.inputs) > 1 else None
+    known = sizes is not None and sizes.is_initializer() and split.attributes.get_int("axis", 0) == -1
+    return known and weight is not None and len(weight.uses()) == 1
+
+
+def _computed(node: ir.Node) -> list[ir.Value | None] | None:
+    """The computed values that an element-wise node reads; None for another node."""
+    if node.op_type in _EACH and len(node.inputs) == 1:
+        return list(node.inputs)
+    constants = [value for value in node.inputs if value is not None and value.is_initializer()]
+    if node.op_type not in _PAIRS or any(len(_sizes(value)) > 1 for value in constants):
+        return None
+    return [value for value in node.inputs if value not in constants]
+
+
+def _turn(graph: ir.Graph, layer: _Layer) -> None:
+    """Rewrite a layer. Sequences are flattened too: else each of a batch would read the weights by itself."""
+    first, result, weight = list(layer.first), layer.last.outputs[0], _weight(layer.last)
+    name, given, tape = result.name or "left_product", first[0].inputs[0], Tape()
+    assert weight is not None and given is not None
+    rows = tape.op("Reshape", [given, constant(graph, f"rows_of_{_sizes(weight)[0]}", [-1, _sizes(weight)[0]])])
+    # Not as a product's transposed side, which a slower kernel reads where it is one token.
+    columns = tape.op("Transpose", [rows], attributes={"perm": [1, 0]})
+    for node, split in layer.first.items():
+        parts = [(node.outputs[0], node.inputs[1])] if split is None else _parts(graph, node, split)
+        for output, part in parts:
+            output.replace_all_uses_with(tape.op("MatMul", [part, columns]))
+    insert_before(graph, first[-1], tape.nodes, f"{name}_first")
+    for node in layer.between:
+        for place, value in enumerate(node.inputs):
+            if value is not None and value.is_initializer() and value.const_value is not None and _sizes(value):
+                column = value.const_value.numpy().reshape(-1, 1)
+                node.replace_input_with(place, constant(graph, f"{value.name}_column", column))
+    tape = Tape()
+    rows = tape.op("Transpose", [tape.op("MatMul", [weight, layer.last.inputs[0]])], attributes={"perm": [1, 0]})
+    take_place(result, tape.op("Reshape", [rows, tape.op("Shape", [given])]))
+    insert_before(graph, layer.last, tape.nodes, f"{name}_last")
+    graph.remove([layer.last, *filter(None, layer.first.values()), *first], safe=True)
+
+
+def _parts(graph: ir.Graph, product: ir.Node, split: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
+    """What a Split gives, and the rows of the product's weight that give the same."""
+    weight, sizes = product.inputs[1], split.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    assert sizes is not None and sizes.const_value is not None
+    parts, begin = [], 0
+    for output, size in zip(split.outputs, sizes.const_value.numpy().tolist(), strict=True):
+        name, shape = f"{weight.name}_{begin}", (size, _sizes(weight)[1])
+        rows = _rows(weight.const_value, begin, shape, name)
+        part = ir.val(name, const_value=rows, dtype=rows.dtype, shape=shape)
+        graph.register_initializer(part)
+        parts.append((output, part))
+        begin += size
+    del graph.initializers[weight.name or ""]
+    return parts
+
+
+def _rows(tensor: ir.TensorProtocol, begin: int, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
+    """Rows of a tensor, read when they are: no second copy of the model is ever in memory."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy()[begin : begin + shape[0]], dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
