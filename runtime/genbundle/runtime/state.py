@@ -18,15 +18,22 @@ class State:
     Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand. What is
     written in place is a buffer with room for more than `length`; it grows by halves, so that copying it stays cheap.
 
-    most: how many tokens the sequences may get; None where that isn't known. capacity: how many any may get.
+    most: how many tokens the sequences may get; None where that isn't known. capacity: how many any may get. least: how
+    many they get at least, the prompt's, for which the first buffer has room: its pieces then find it large enough.
     """
 
     def __init__(
-        self, entries: tuple[StateEntry, ...], batch: int, most: int | None = None, capacity: int | None = None
+        self,
+        entries: tuple[StateEntry, ...],
+        batch: int,
+        most: int | None = None,
+        capacity: int | None = None,
+        *,
+        least: int = 0,
     ):
         self._axes = {entry.name: entry.axis for entry in entries if entry.axis is not None}
         self._rooms: dict[str, int] = {}  # how many tokens a buffer holds; other tensors are as long as the sequences
-        self.length, self.most, self._capacity = 0, most, capacity
+        self.length, self.most, self._capacity, self._least = 0, most, capacity, least
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
     def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str], written: Collection[str]) -> None:
@@ -43,7 +50,7 @@ class State:
 
         few_sizes: rooms are powers of two, or the capacity, for programs that are made ready for each.
         """
-        needed = self.length + new
+        needed = max(self.length + new, self._least)
         if self._rooms.get(name, self.length) < needed:
             if few_sizes:
                 room = max(_ROOM, 1 << (needed - 1).bit_length())

@@ -76,14 +76,16 @@ class Wiring:
             return self._begin(inputs, route, most)
         names = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "attention_mask")
         first = {name: inputs[name][:, :size] for name in names}
-        logits, sequences = self._begin({**inputs, **first}, route, most)
+        logits, sequences = self._begin({**inputs, **first}, route, most, least=ids.shape[1])
         for place in range(size, ids.shape[1], size):
             logits = self.step(ids[:, place : place + size].astype(np.int64), sequences)
         return logits, sequences
 
-    def _begin(self, inputs: dict[str, np.ndarray], route: Route, most: int | None) -> tuple[np.ndarray, Sequences]:
+    def _begin(
+        self, inputs: dict[str, np.ndarray], route: Route, most: int | None, least: int = 0
+    ) -> tuple[np.ndarray, Sequences]:
         ids = token_ids(inputs)
-        state = State(self.manifest.state, len(ids), most, self.manifest.flow.capacity)
+        state = State(self.manifest.state, len(ids), most, self.manifest.flow.capacity, least=least)
         kept = {name: array for name, array in inputs.items() if name in self._step_inputs}
         sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)

@@ -49,8 +49,8 @@ def _weight(node: ir.Node) -> ir.Value | None:
     return weight if plain and weight is not None and weight.is_initializer() and len(_sizes(weight)) == 2 else None
 
 
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
+def _sizes(value: ir.Value | None) -> tuple[int, ...]:
+    assert value is not None and value.const_value is not None
     return tuple(int(size) for size in value.const_value.shape)  # pyright: ignore[reportArgumentType]
 
 
@@ -107,27 +107,47 @@ def _turn(graph: ir.Graph, layer: _Layer) -> None:
     first, result, weight = list(layer.first), layer.last.outputs[0], _weight(layer.last)
     name, given, tape = result.name or "left_product", first[0].inputs[0], Tape()
     assert weight is not None and given is not None
-    rows = tape.op("Reshape", [given, constant(graph, f"rows_of_{_sizes(weight)[0]}", [-1, _sizes(weight)[0]])])
+    (width, inner), count = _sizes(weight), _count(given)
+
+    def op(
+        kind: str, inputs: list[ir.Value | None], shape: list[int | str | None], **attributes: list[int]
+    ) -> ir.Value:
+        value = tape.op(kind, inputs, attributes=attributes)
+        value.shape, value.type = ir.Shape(shape), weight.type
+        return value
+
+    rows = op("Reshape", [given, constant(graph, f"rows_of_{width}", [-1, width])], [count, width])
     # Not as a product's transposed side, which a slower kernel reads where it is one token.
-    columns = tape.op("Transpose", [rows], attributes={"perm": [1, 0]})
+    columns = op("Transpose", [rows], [width, count], perm=[1, 0])
+    features = set()
     for node, split in layer.first.items():
         parts = [(node.outputs[0], node.inputs[1])] if split is None else _parts(graph, node, split)
         for output, part in parts:
-            output.replace_all_uses_with(tape.op("MatMul", [part, columns]))
+            features.add(_sizes(part)[0])
+            output.replace_all_uses_with(op("MatMul", [part, columns], [_sizes(part)[0], count]))
     insert_before(graph, first[-1], tape.nodes, f"{name}_first")
     for node in layer.between:
+        node.outputs[0].shape = ir.Shape([inner, count]) if features == {inner} else None
         for place, value in enumerate(node.inputs):
             if value is not None and value.is_initializer() and value.const_value is not None and _sizes(value):
                 column = value.const_value.numpy().reshape(-1, 1)
                 node.replace_input_with(place, constant(graph, f"{value.name}_column", column))
     tape = Tape()
-    rows = tape.op("Transpose", [tape.op("MatMul", [weight, layer.last.inputs[0]])], attributes={"perm": [1, 0]})
+    columns = op("MatMul", [weight, layer.last.inputs[0]], [width, count])
+    rows = op("Transpose", [columns], [count, width], perm=[1, 0])
     take_place(result, tape.op("Reshape", [rows, tape.op("Shape", [given])]))
     insert_before(graph, layer.last, tape.nodes, f"{name}_last")
     graph.remove([layer.last, *filter(None, layer.first.values()), *first], safe=True)
 
 
-def _parts(graph: ir.Graph, product: ir.Node, split: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
+def _count(given: ir.Value) -> str | None:
+    """How many rows a value has, in the names of its axes. ONNX Runtime takes the memory of a value whose shape it
+    doesn't know for no other, and a layer's are its largest."""
+    sizes = [] if given.shape is None else [str(size) for size in tuple(given.shape)[:-1]]
+    return "*".join(sizes) if sizes and "None" not in sizes else None
+
+
+def _parts(graph: ir.Graph, product: ir.Node, split: ir.Node) -> list[tuple[ir.Value, ir.Value | None]]:
     """What a Split gives, and the rows of the product's weight that give the same."""
     weight, sizes = product.inputs[1], split.inputs[1]
     assert weight is not None and weight.const_value is not None
