@@ -88,19 +88,24 @@ def run(session: onnxruntime.InferenceSession, arrays: dict[str, np.ndarray]) ->
     return [np.array(value.numpy()) for value in binding.get_outputs()], buffers
 
 
+def both(made: ir.Model, folder) -> list[onnxruntime.InferenceSession]:
+    """The model as it is and with the pass, as the runtime opens them."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ir.save(made, folder / "a.onnx")
+    assert attend_in_products(made)
+    ir.save(made, folder / "b.onnx")
+    return [onnxruntime.InferenceSession(folder / f"{name}.onnx", options) for name in "ab"]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_new_token_attends_as_the_operator_does(tmp_path, batch):
     groups, heads, layers = 2, 8, 2
     made = model()
-    ir.save(made, tmp_path / "a.onnx")
-    assert attend_in_products(made)
+    before, after = both(made, tmp_path)
     assert [node.op_type for node in made.graph].count("If") == layers + 1
     assert not any(node.op_type == "GroupQueryAttention" for node in made.graph)
     assert [value.name for value in made.graph.outputs][:2] == ["attended.1", "present.0.key"]
-    ir.save(made, tmp_path / "b.onnx")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    before, after = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", options) for name in "ab")
     # Several new tokens after a past are for one sequence only, says the operator.
     sizes = [(1, 0), (1, 7), (1, ROOM - 1), (5, 0), *([(5, 9)] if batch == 1 else [])]
     for new, past in sizes:
@@ -116,12 +121,46 @@ def test_one_new_token_attends_as_the_operator_does(tmp_path, batch):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"groups": 3, "heads": 3 * (LEAST_GROUP - 1)}, {"softcap": 20.0}, {"local_window_size": 4}, {"room": "total"}],
+    [
+        {"groups": 3, "heads": 3 * (LEAST_GROUP - 1)},
+        {"softcap": 20.0},
+        {"local_window_size": 4},
+        {"room": "total"},
+        {"do_rotary": 1},
+        {"smooth_softmax": 1},
+        {"scale": 0.0},
+        {"causal": 0},
+        {"unheard_of": 0},
+    ],
 )
 def test_what_products_do_not_compute_or_gain_nothing_from_stays(changed):
     made = model(**changed)
     assert not attend_in_products(made)
     assert [node.op_type for node in made.graph] == ["GroupQueryAttention"] * 2
+
+
+def test_without_the_bias_or_with_a_sink_it_stays():
+    made = model(layers=1)
+    (node,) = made.graph
+    sink = constant("sink", np.zeros(8, np.float32))
+    made.graph.register_initializer(sink)
+    node.resize_inputs(12)
+    node.replace_input_with(11, sink)
+    assert not attend_in_products(made)
+    node.replace_input_with(11, None)
+    node.replace_input_with(10, None)
+    assert not attend_in_products(made)
+
+
+def test_each_head_may_have_a_bias_of_its_own(tmp_path):
+    made = model(layers=1)
+    (bias,) = [value for value in made.graph.inputs if value.name == "bias"]
+    bias.shape = ir.Shape(["batch", 8, "sequence", "total"])
+    before, after = both(made, tmp_path)
+    arrays = feeds(2, 8, 1, 2, 1, 6)
+    arrays["bias"] = np.random.default_rng(1).standard_normal((2, 8, 1, 7), np.float32)
+    for one, other in zip(run(after, arrays)[0], run(before, arrays)[0], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_with_masks_of_their_own_keep_them(tmp_path):
@@ -134,10 +173,7 @@ def test_layers_with_masks_of_their_own_keep_them(tmp_path):
     made.graph.insert_before(second, hides)
     second.replace_input_with(10, hides.outputs[0])
     hides.outputs[0].name = "windowed"
-    ir.save(made, tmp_path / "a.onnx")
-    assert attend_in_products(made)
-    ir.save(made, tmp_path / "b.onnx")
-    before, after = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in "ab")
+    before, after = both(made, tmp_path)
     arrays = feeds(2, 8, 2, 1, 1, 5)
     for one, other in zip(run(after, arrays)[0], run(before, arrays)[0], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -62,6 +62,18 @@ def test_nothing_of_tokens_that_are_taken_back_is_left():
     assert made.exact("0.key", np.asarray)[0, 0, :, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_the_pieces_of_a_prompt_find_room_for_all_of_it():
+    made = state.State((ENTRY,), 1, None, least=2000)
+    written(made, 5)
+    first = made.tensors["0.key"]
+    for _ in range(19):
+        written(made, 100)
+    assert made.tensors["0.key"] is first and first.shape[2] >= 2000
+    made.cut(5, np.asarray)
+    written(made, 1)
+    assert made.tensors["0.key"].shape[2] < 1000, "room for what was taken back"
+
+
 KEYS = Source(kind="state", name="0.key")
 PAST = Input(name="past", dtype="float32", shape=("batch", 2, CAPACITY, 8), source=KEYS)
 WRONG = {

@@ -23,19 +23,20 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GROUPED = {**_SIZES, "num_attention_heads": 8}  # four query heads to a key head
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 TEXT: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)),
-    "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, tie_word_embeddings=True)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES)),
+    "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED, tie_word_embeddings=True)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_GROUPED)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES, head_dim=16)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SIZES, sliding_window=8)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)
     ),
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(
-        hf.Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)
+        hf.Gemma3TextConfig(**_GROUPED, head_dim=16, query_pre_attn_scalar=16, **_WINDOWS)
     ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
@@ -54,7 +55,7 @@ _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "
 
 def _llava() -> hf.PreTrainedModel:
     vision = hf.CLIPVisionConfig(**_VISION, image_size=30, patch_size=10, projection_dim=32)
-    text = hf.LlamaConfig(**_SIZES)
+    text = hf.LlamaConfig(**_GROUPED)
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-1)
     )

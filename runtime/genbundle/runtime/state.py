@@ -73,7 +73,7 @@ class State:
             array, kept = to_numpy(self.tensors[name]), (slice(None),) * self._axes[name] + (slice(length),)
             self.tensors[name] = np.ascontiguousarray(array[kept])
             self._rooms.pop(name, None)
-        self.length = length
+        self.length, self._least = length, 0
 
     def exact(self, name: str, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:
         """The tensor of an entry, as long as the sequences."""

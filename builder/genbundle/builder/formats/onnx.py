@@ -37,10 +37,11 @@ def export_onnx(
     notes: list[str] = []
     lowered = list(lower_each(components, lambda item: _lower(item, provider, precisions), progress, notes))
     rounded = round_programs(lowered, precisions, progress, notes)
+    decoders: list[ir.Model] = []
     for component, model in lowered:
         if provider == "cpu" and "language_model" in component.roles:
             keep_output_rows(model)
-        hidden = _hidden_states(model, component)
+        hidden = _hidden_states(model, component) if provider == "cpu" and not shared else {}
         _name_axes(model, component)
         forget_shapes(model, hidden)
         program = rounded.describe(_describe(model, component, states))
@@ -49,12 +50,18 @@ def export_onnx(
             progress(f"optimize {component.name}")
             _forget_trace(model)
             model, complete = optimize(model)
-            if "language_model" in component.roles:
-                multiply_from_the_left(model)
-                attend_in_products(model)
             program = replace(program, optimized=complete)
+            if "language_model" in component.roles:
+                decoders.append(model)
         models[component.name] = model
         programs.append(program)
+    # Where a program is optimized again at opening, that would take the weights' sides back; and those that programs
+    # share have to lie the same way in all.
+    if all(program.optimized for program in programs if "language_model" in program.roles):
+        for model in decoders:
+            multiply_from_the_left(model)
+    for model in decoders:
+        attend_in_products(model)
     progress("write weights")
     size = write_models(models, folder)
     carried = tuple(_without_unread_state(entry, states) for entry in programs)
@@ -116,16 +123,16 @@ def _hidden_states(model: ir.Model, component: Component) -> dict[str, ir.Shape]
     Without them ONNX Runtime's planning would end where a branch or a Reshape hides a shape: it would reuse no memory
     behind, and look long for some.
     """
-    shapes = {}
+    tokens = set()
     for given in model.graph.inputs:
         names = component.axes.get(given.name or "", {})
-        if given.shape is None or (names.get(0), names.get(1)) != ("batch", "sequence"):
-            continue
-        for node in model.graph:
-            for value in node.outputs:
-                shape = value.shape
-                if shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[:2] == given.shape[:2]:
-                    shapes[value.name or ""] = ir.Shape([names[0], names[1], shape[2]])
+        if given.shape is not None and (names.get(0), names.get(1)) == ("batch", "sequence"):
+            tokens.add(tuple(str(size) for size in tuple(given.shape)[:2]))
+    shapes = {}
+    for value in (value for node in model.graph for value in node.outputs):
+        sizes = () if value.shape is None else tuple(value.shape)
+        if len(sizes) == 3 and isinstance(sizes[2], int) and tuple(map(str, sizes[:2])) in tokens - {("None", "None")}:
+            shapes[value.name or ""] = ir.Shape(["batch", "sequence", sizes[2]])
     return shapes
 
 

@@ -20,12 +20,20 @@ def name_results(nodes: Sequence[ir.Node], name: str) -> None:
 
 
 def constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
-    """The graph's constant of that name, made of `numbers` (an array, or integers as int64) when it isn't there."""
-    if name not in graph.initializers:
-        array = np.asarray(numbers)
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=array.shape))
-    return graph.initializers[name]
+    """A constant of the graph made of `numbers` (an array, or integers as int64): the one of that name, if it is the
+    same; else a new one, under another name where that one is taken."""
+    array, number = np.asarray(numbers), 0
+    taken = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
+    while (known := taken.get(f"{name}_{number}" if number else name)) is not None:
+        tensor = known.const_value
+        if tensor is not None and tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array):
+            return known
+        number += 1
+    name = f"{name}_{number}" if number else name
+    value = ir.val(name, const_value=ir.tensor(array, name=name), shape=array.shape)
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
 
 
 def take_place(old: ir.Value, new: ir.Value) -> None:

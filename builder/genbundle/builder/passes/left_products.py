@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from genbundle.builder.passes.insertion import constant, insert_before, take_place
@@ -10,6 +11,8 @@ from genbundle.builder.passes.insertion import constant, insert_before, take_pla
 # What does the same to each number, wherever it stands.
 _EACH = {"Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Neg", "QuickGelu", "Relu", "Sigmoid", "Tanh"}
 _PAIRS = {"Add", "Div", "Mul", "Pow", "Sub"}
+# ONNX Runtime's of the sum with a bias, a number for each feature, and what they are without it.
+_BIASED = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ def multiply_from_the_left(model: ir.Model) -> bool:
         if layer is not None:
             _turn(graph, layer)
             modified = True
+    if modified:
+        RemoveUnusedNodesPass()(model)  # sizes of Splits, biases as rows
     return modified
 
 
@@ -94,10 +99,10 @@ def _takes_apart(split: ir.Node) -> bool:
 
 def _computed(node: ir.Node) -> list[ir.Value | None] | None:
     """The computed values that an element-wise node reads; None for another node."""
-    if node.op_type in _EACH and len(node.inputs) == 1:
-        return list(node.inputs)
+    each = node.op_type in _EACH and len(node.inputs) == 1
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
-    if node.op_type not in _PAIRS or any(len(_sizes(value)) > 1 for value in constants):
+    rows = all(len(_sizes(value)) < 2 for value in constants)
+    if not rows or not (each or node.op_type in _PAIRS or node.op_type in _BIASED):
         return None
     return [value for value in node.inputs if value not in constants]
 
@@ -125,19 +130,32 @@ def _turn(graph: ir.Graph, layer: _Layer) -> None:
         for output, part in parts:
             features.add(_sizes(part)[0])
             output.replace_all_uses_with(op("MatMul", [part, columns], [_sizes(part)[0], count]))
-    insert_before(graph, first[-1], tape.nodes, f"{name}_first")
+    insert_before(graph, next(node for node in graph if node in layer.first), tape.nodes, f"{name}_first")
     for node in layer.between:
         node.outputs[0].shape = ir.Shape([inner, count]) if features == {inner} else None
         for place, value in enumerate(node.inputs):
             if value is not None and value.is_initializer() and value.const_value is not None and _sizes(value):
                 column = value.const_value.numpy().reshape(-1, 1)
                 node.replace_input_with(place, constant(graph, f"{value.name}_column", column))
+        if node.op_type in _BIASED and len(node.inputs) == 2:
+            _add_bias_before(graph, node)
     tape = Tape()
     columns = op("MatMul", [weight, layer.last.inputs[0]], [width, count])
     rows = op("Transpose", [columns], [count, width], perm=[1, 0])
     take_place(result, tape.op("Reshape", [rows, tape.op("Shape", [given])]))
     insert_before(graph, layer.last, tape.nodes, f"{name}_last")
     graph.remove([layer.last, *filter(None, layer.first.values()), *first], safe=True)
+
+
+def _add_bias_before(graph: ir.Graph, node: ir.Node) -> None:
+    """An addition and the operator without a bias in the place of one that takes rows."""
+    tape, result = Tape(), node.outputs[0]
+    added = tape.op("Add", node.inputs)
+    added.shape, added.type = result.shape, result.type
+    kind = _BIASED[node.op_type]
+    take_place(result, tape.op(kind, [added], attributes=dict(node.attributes), domain="com.microsoft"))
+    insert_before(graph, node, tape.nodes, f"{added.name or result.name}_bias")
+    graph.remove(node, safe=True)
 
 
 def _count(given: ir.Value) -> str | None:

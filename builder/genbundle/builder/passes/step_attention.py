@@ -13,8 +13,13 @@ from genbundle.bundles.manifest import CAPACITY
 # than this many, products, which pack them first, gain nothing.
 LEAST_GROUP = 4
 _BIAS = 10  # where the operator takes the additive mask
-# What the operator may compute besides scaled products, left out by these.
-_PLAIN = {"softcap": 0.0, "smooth_softmax": -1, "do_rotary": 0, "local_window_size": -1, "qk_output": 0, "causal": 1}
+# The attributes that the operator may have here, and the values at which it computes nothing else.
+_PLAIN = {
+    "causal": 1, "do_rotary": 0, "k_quant_type": "NONE", "kv_cache_bit_width": 0, "local_window_size": -1,
+    "qk_output": 0, "rotary_interleaved": 0, "sliding_window_cache": 0, "smooth_softmax": -1, "softcap": 0.0,
+    "v_quant_type": "NONE",
+}  # fmt: skip
+_FREE = {"kv_num_heads", "num_heads", "qk_norm_epsilon", "scale"}
 _Branch = tuple[Sequence[ir.Node], Sequence[ir.Value]]
 """The nodes of a branch and its results."""
 
@@ -23,8 +28,10 @@ def attend_in_products(model: ir.Model) -> bool:
     """A GroupQueryAttention that writes into buffers becomes an If: for one new token its key and value are written and
     all heads of a group attend to the whole buffers at once, by two products; else the operator as it was.
 
-    What the buffers hold behind the tokens is masked, and has to be finite. The arithmetic is the operator's:
-    softmax(query @ keys.T * scale + bias) @ values. Returns whether the model was modified.
+    Of a node's inputs the sequences' lengths all have to be the total without the new token, as attention.py gives
+    them: padding is in the bias. What the buffers hold behind the tokens is masked, and has to be zeros or what an
+    earlier step wrote. The products are softmax(query @ keys.T * scale + bias) @ values, as the operator's are but for
+    rows whose every position is masked, padding's own. Returns whether the model was modified.
     """
     graph, steps = model.graph, {}
     nodes = [node for node in graph if _can(node)]
@@ -39,11 +46,11 @@ def attend_in_products(model: ir.Model) -> bool:
 def _can(node: ir.Node) -> bool:
     if node.op_type != "GroupQueryAttention" or not (_is_buffer(node, 3, 1) and _is_buffer(node, 4, 2)):
         return False
-    attributes = node.attributes
-    plain = all(name not in attributes or attributes[name].value == value for name, value in _PLAIN.items())
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    plain = all(name in _FREE or (name in _PLAIN and _PLAIN[name] == value) for name, value in attributes.items())
     given = {place for place, value in enumerate(node.inputs) if value is not None}
-    grouped = attributes["num_heads"].as_int() >= LEAST_GROUP * _groups(node)
-    return plain and grouped and "scale" in attributes and given == {*range(7), _BIAS}
+    grouped = attributes["num_heads"] >= LEAST_GROUP * attributes["kv_num_heads"]
+    return plain and grouped and attributes.get("scale", 0.0) > 0 and given == {*range(7), _BIAS}
 
 
 def _is_buffer(node: ir.Node, given: int, written: int) -> bool:
@@ -99,7 +106,9 @@ class _Step:
             written.append(tape.op("ScatterElements", [buffer, self._place, new], attributes={"axis": 2}))
         scale = {"transB": 1, "alpha": node.attributes["scale"].as_float()}
         scores = tape.op("FusedMatMul", [query, written[0]], attributes=scale, domain="com.microsoft")
+        scores = tape.op("Reshape", [scores, self._sizes(0, heads, 1, -1)])  # a bias may be each head's own
         shares = tape.op("Softmax", [tape.op("Add", [scores, self._mask])], attributes={"axis": -1})
+        shares = tape.op("Reshape", [shares, self._sizes(0, groups, heads // groups, -1)])
         attended = tape.op("MatMul", [shares, written[1]])
         return [tape.op("Reshape", [attended, self._sizes(0, 1, heads * width)]), *written]
 
@@ -111,7 +120,7 @@ class _Step:
         return tape.op_multi_out("If", [self._one], attributes=branches, num_outputs=len(then[1]))
 
     def _sizes(self, *sizes: int) -> ir.Value:
-        return constant(self._graph, "_".join(["sizes", *map(str, sizes)]), sizes)
+        return constant(self._graph, "_".join(["sizes", *map(str, sizes)]).replace("-", "rest_"), sizes)
 
 
 def _groups(node: ir.Node) -> int:

@@ -140,6 +140,9 @@ class OnnxRuntimeBackend:
             # A repacked copy of every weight in memory: steps are as fast with the mapped ones, and prompts nearly.
             # Those in blocks of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        elif self.device == "cpu":
+            # Blocks of memory planned for each size of prompt, which beside so few weights are many and no faster.
+            options.enable_mem_pattern = False
         return options
 
     def _check_files(self, program: str) -> None:
