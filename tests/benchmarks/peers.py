@@ -24,7 +24,7 @@ PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0", "ma
 CAPACITY = 4096
 CONTEXTS = (128, 900)
 LONG = 3900
-PROMPTS, TURNS, STEPS = 3, 8, 3
+PROMPTS, TURNS, STEPS = 3, 24, 3  # three prompts, more of short ones
 # What llama.cpp is compiled for: all that the processor says it has, as by default, but for AMX, whose registers
 # virtual machines may list and refuse: it ends with an illegal instruction then.
 CPU_FEATURES = {
@@ -124,7 +124,7 @@ def measure(workers: dict[str, Worker], contexts: Iterable[int], times: Times) -
         times.setdefault((name, "opening"), []).append(1e3 * worker.opening)
         worker.step(16)
     for context in contexts:
-        for _ in range(PROMPTS if context < LONG else 1):
+        for _ in range(max(PROMPTS, 1200 // context) if context < LONG else 1):
             for name, worker in workers.items():
                 time.sleep(PAUSE)
                 times.setdefault((name, f"prompt {context}"), []).append(worker.step(context))

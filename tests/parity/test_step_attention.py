@@ -44,6 +44,7 @@ def test_tokens_are_taken_back_whatever_was_computed_of_them(loaded):
         own.backend.to_numpy(entry)[:, :, 20:] = np.nan
         assert np.isnan(own.backend.to_numpy(sequences.state.tensors[name])).any(), "no view of what the state holds"
     rewind(own.wiring, sequences, 20)
+    logits = np.empty(0)
     for token in after[0]:
         logits = own.wiring.step(token.reshape(1, 1).numpy(), sequences)
     with torch.no_grad():
