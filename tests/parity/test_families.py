@@ -84,6 +84,7 @@ def test_the_same_sequences_as_eager(name, backend, loaded):
         np.testing.assert_array_equal(bundle.generate(**arrays, max_new_tokens=12, do_sample=False).sequences, expected)
 
 
+@pytest.mark.long
 def test_a_program_for_long_prompts_is_run_on_one(tmp_path):
     model = shrink.make("Mamba2ForCausalLM")
     config = copy.deepcopy(model.config)
