@@ -140,8 +140,9 @@ class OnnxRuntimeBackend:
             # A repacked copy of every weight in memory: steps are as fast with the mapped ones, and prompts nearly.
             # Those in blocks of a few bits would be unpacked to float32 in each call.
             options.add_session_config_entry("session.disable_prepacking", "1")
-        elif self.device == "cpu":
-            # Blocks of memory planned for each size of prompt, which beside so few weights are many and no faster.
+        if self.device == "cpu":
+            # A plan of all memory for each shape of the inputs: a step's mask has another each time, so that it would
+            # be made in every step, and kept.
             options.enable_mem_pattern = False
         return options
 
