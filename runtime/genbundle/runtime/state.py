@@ -70,8 +70,7 @@ class State:
         """Keep the first `length` tokens. Buffers are made anew when they are needed: products over a whole buffer hide
         what lies behind the tokens by numbers that it is multiplied with, which leaves what isn't finite as it is."""
         for name in self._axes if length < self.length else ():
-            array, kept = to_numpy(self.tensors[name]), (slice(None),) * self._axes[name] + (slice(length),)
-            self.tensors[name] = np.ascontiguousarray(array[kept])
+            self.tensors[name] = self._first(name, length, to_numpy)
             self._rooms.pop(name, None)
         self.length, self._least = length, 0
 
@@ -79,8 +78,11 @@ class State:
         """The tensor of an entry, as long as the sequences."""
         if name not in self._rooms:
             return self.tensors[name]
-        array, axis = to_numpy(self.tensors[name]), self._axes[name]
-        return np.ascontiguousarray(array[(slice(None),) * axis + (slice(self.length),)])
+        return self._first(name, self.length, to_numpy)
+
+    def _first(self, name: str, length: int, to_numpy: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+        kept = (slice(None),) * self._axes[name] + (slice(length),)
+        return np.ascontiguousarray(to_numpy(self.tensors[name])[kept])
 
 
 def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from genbundle.builder.passes.insertion import take_place
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 
@@ -40,10 +41,8 @@ def multiply_by_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value) -> None:
     fused = ir.node(
         "FusedMatMul", [node.inputs[0], rows], attributes={"transB": 1, "alpha": 1.0}, domain="com.microsoft"
     )
-    old, new = node.outputs[0], fused.outputs[0]
-    new.shape, new.type, new.name = old.shape, old.type, old.name
     graph.insert_before(node, fused)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_place(node.outputs[0], fused.outputs[0])
     graph.remove(node, safe=True)
 
 

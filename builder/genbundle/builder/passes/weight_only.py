@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from genbundle.builder.passes.insertion import take_place
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 # The largest that divides a row is taken; each block has a float32 scale and a zero point. 64 at 4 bits are 4.56 bits a
@@ -169,10 +170,8 @@ def _replace(node: ir.Node, packed: _Packed) -> None:
     made = [ir.node(kind, inputs, attributes=attributes, domain="com.microsoft")]
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         made.append(ir.node("Add", [made[0].outputs[0], node.inputs[2]]))
-    old, new = node.outputs[0], made[-1].outputs[0]
-    new.shape, new.type, new.name = old.shape, old.type, old.name
     graph = node.graph
     assert graph is not None
     graph.insert_before(node, made)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_place(node.outputs[0], made[-1].outputs[0])
     graph.remove(node, safe=True)
