@@ -12,7 +12,7 @@ from genbundle.bundles import BundleError, EngineError, InputError, MissingExtra
 from genbundle.bundles.manifest import Flow, Route
 from genbundle.bundles.writer import new_bundle
 from genbundle.runtime import load_bundle
-from genbundle.runtime.backends import onnx_device
+from genbundle.runtime.backends import onnx_weights
 from genbundle.runtime.backends import onnxruntime as onnxruntime_module
 from genbundle.runtime.backends.executorch import ExecuTorchProgram
 from genbundle.runtime.backends.onnx_file import external_weights, named_files
@@ -99,7 +99,7 @@ def test_a_provider_that_does_not_start(bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime_module, "named_files", lambda content: set())
-    monkeypatch.setattr(onnx_device, "external_weights", lambda content: [])
+    monkeypatch.setattr(onnx_weights, "external_weights", lambda content: [])
     with pytest.raises(EngineError, match=r"couldn't start its CUDAExecutionProvider here .*device='cpu'"):
         load_bundle(bundle(backend="cuda").path).generate(input_ids=[[1, 2]])
 

@@ -1,5 +1,6 @@
 """Which of a bundle's ways a prompt goes through its programs, and how much of it at once."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -69,7 +70,10 @@ class Routes:
             and inputs.keys() <= set(TEXT_INPUTS)
             and len(token_ids(inputs)) == 1
         )
-        return chunk if chunk is not None and plain and token_mask(inputs).all() else length
+        if chunk is None or not plain or not token_mask(inputs).all():
+            return length
+        # Pieces of about the same length: a last one of few tokens would read every weight for these.
+        return math.ceil(length / math.ceil(length / chunk))
 
     def together(self, inputs: dict[str, np.ndarray]) -> bool:
         """Whether the programs take these sequences in one call; else each needs calls of its own, without padding."""

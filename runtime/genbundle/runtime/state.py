@@ -1,6 +1,8 @@
 """Generation state: what is carried from call to call, driven by the manifest."""
 
-from collections.abc import Callable, Collection, Mapping
+import math
+import mmap
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +11,8 @@ from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import State as StateEntry
 from genbundle.runtime.program import Tensor
 
+# Else other processes could be given it, for which the system keeps it as a file; Windows has no such choice.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _ROOM = 256  # tokens that a buffer has at least room for beyond those it was asked for
 
 
@@ -90,12 +94,19 @@ def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:
     shape = list(array.shape)
     shape[axis] = size
     try:
-        grown = np.zeros(shape, array.dtype)  # the system gives memory only for what is written
-    except MemoryError as error:
+        grown = _zeros(shape, array.dtype)
+    except (MemoryError, OSError) as error:
         raise EngineError(f"no memory for a state of {shape}") from error
     kept = (slice(None),) * axis + (slice(length),)
     grown[kept] = array[kept]
     return grown
+
+
+def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros in pages of their own, which the system gives when they are written and takes back with the array. Of the
+    heap they'd take what lies between the engine's own tensors, and leave holes there that fit no other length."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, size, **_PRIVATE), dtype).reshape(shape) if size else np.zeros(shape, dtype)
 
 
 def _empty(entry: StateEntry, batch: int) -> np.ndarray:

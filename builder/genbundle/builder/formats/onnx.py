@@ -16,6 +16,7 @@ from genbundle.builder.passes.left_products import multiply_from_the_left
 from genbundle.builder.passes.output_rows import keep_output_rows
 from genbundle.builder.passes.packed_biases import add_biases_before_split
 from genbundle.builder.passes.reshapes import remove_round_trips
+from genbundle.builder.passes.separate_products import multiply_apart
 from genbundle.builder.passes.step_attention import attend_in_products
 from genbundle.builder.passes.tied_weights import share_transposed_weights
 from genbundle.builder.precision import LANGUAGE_MODEL, Precisions, part_of
@@ -155,6 +156,7 @@ def _lower(component: Component, provider: str, precisions: Precisions) -> ir.Mo
     unfuse_batch_transposes(model)
     if fused_for is not None:
         remove_round_trips(model)
+        multiply_apart(model)
         add_biases_before_split(model)
     return model
 

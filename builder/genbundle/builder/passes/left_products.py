@@ -6,22 +6,20 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
+from genbundle.builder.passes.elementwise import EACH, PAIRS
 from genbundle.builder.passes.insertion import constant, insert_before, take_place
 
-# What does the same to each number, wherever it stands.
-_EACH = {"Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Neg", "QuickGelu", "Relu", "Sigmoid", "Tanh"}
-_PAIRS = {"Add", "Div", "Mul", "Pow", "Sub"}
 # ONNX Runtime's of the sum with a bias, a number for each feature, and what they are without it.
 _BIASED = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The products that begin a layer, all of the same rows, with the Split of what each gives, if there is one; the
-    element-wise nodes behind them; and the product at its end."""
+    """The products that begin a layer, all of the same rows; the element-wise nodes behind them; and the product at its
+    end."""
 
     last: ir.Node
-    first: dict[ir.Node, ir.Node | None] = field(default_factory=dict)
+    first: dict[ir.Node, None] = field(default_factory=dict)
     between: dict[ir.Node, None] = field(default_factory=dict)
 
 
@@ -40,7 +38,7 @@ def multiply_from_the_left(model: ir.Model) -> bool:
             _turn(graph, layer)
             modified = True
     if modified:
-        RemoveUnusedNodesPass()(model)  # sizes of Splits, biases as rows
+        RemoveUnusedNodesPass()(model)  # biases as rows
     return modified
 
 
@@ -70,17 +68,15 @@ def _layer_before(last: ir.Node) -> _Layer | None:
         node = None if value is None else value.producer()
         if node is None or node.graph is not last.graph:
             return None
-        parts = node if node.op_type == "Split" and _takes_apart(node) else None
-        product = node if parts is None else parts.inputs[0].producer()  # pyright: ignore[reportOptionalMemberAccess]
-        if product is not None and _weight(product) is not None:
-            layer.first[product] = parts
+        if _weight(node) is not None:
+            layer.first[node] = None
         elif node not in layer.between:
             read = _computed(node)
             if read is None:
                 return None
             layer.between[node] = None
             reached += read
-    nodes = {*layer.first, *filter(None, layer.first.values()), *layer.between, last}
+    nodes = {*layer.first, *layer.between, last}
     outputs = [value for node in nodes - {last} for value in node.outputs]
     alone = all(not value.is_graph_output() and {use.node for use in value.uses()} <= nodes for value in outputs)
     same = len({node.inputs[0] for node in layer.first}) == 1
@@ -88,21 +84,12 @@ def _layer_before(last: ir.Node) -> _Layer | None:
     return layer if layer.between and alone and same and back else None
 
 
-def _takes_apart(split: ir.Node) -> bool:
-    """Whether a Split deals out the features that one product gives it, by a weight that nothing else reads."""
-    product = split.inputs[0].producer() if split.inputs[0] is not None else None
-    weight = None if product is None else _weight(product)
-    sizes = split.inputs[1] if len(split.inputs) > 1 else None
-    known = sizes is not None and sizes.is_initializer() and split.attributes.get_int("axis", 0) == -1
-    return known and weight is not None and len(weight.uses()) == 1
-
-
 def _computed(node: ir.Node) -> list[ir.Value | None] | None:
     """The computed values that an element-wise node reads; None for another node."""
-    each = node.op_type in _EACH and len(node.inputs) == 1
+    each = node.op_type in EACH and len(node.inputs) == 1
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
     rows = all(len(_sizes(value)) < 2 for value in constants)
-    if not rows or not (each or node.op_type in _PAIRS or node.op_type in _BIASED):
+    if not rows or not (each or node.op_type in PAIRS or node.op_type in _BIASED):
         return None
     return [value for value in node.inputs if value not in constants]
 
@@ -125,11 +112,10 @@ def _turn(graph: ir.Graph, layer: _Layer) -> None:
     # Not as a product's transposed side, which a slower kernel reads where it is one token.
     columns = op("Transpose", [rows], [width, count], perm=[1, 0])
     features = set()
-    for node, split in layer.first.items():
-        parts = [(node.outputs[0], node.inputs[1])] if split is None else _parts(graph, node, split)
-        for output, part in parts:
-            features.add(_sizes(part)[0])
-            output.replace_all_uses_with(op("MatMul", [part, columns], [_sizes(part)[0], count]))
+    for node in layer.first:
+        features.add(_sizes(node.inputs[1])[0])
+        product = op("MatMul", [node.inputs[1], columns], [_sizes(node.inputs[1])[0], count])
+        node.outputs[0].replace_all_uses_with(product)
     insert_before(graph, next(node for node in graph if node in layer.first), tape.nodes, f"{name}_first")
     for node in layer.between:
         node.outputs[0].shape = ir.Shape([inner, count]) if features == {inner} else None
@@ -144,7 +130,7 @@ def _turn(graph: ir.Graph, layer: _Layer) -> None:
     rows = op("Transpose", [columns], [count, width], perm=[1, 0])
     take_place(result, tape.op("Reshape", [rows, tape.op("Shape", [given])]))
     insert_before(graph, layer.last, tape.nodes, f"{name}_last")
-    graph.remove([layer.last, *filter(None, layer.first.values()), *first], safe=True)
+    graph.remove([layer.last, *first], safe=True)
 
 
 def _add_bias_before(graph: ir.Graph, node: ir.Node) -> None:
@@ -163,29 +149,3 @@ def _count(given: ir.Value) -> str | None:
     doesn't know for no other, and a layer's are its largest."""
     sizes = [] if given.shape is None else [str(size) for size in tuple(given.shape)[:-1]]
     return "*".join(sizes) if sizes and "None" not in sizes else None
-
-
-def _parts(graph: ir.Graph, product: ir.Node, split: ir.Node) -> list[tuple[ir.Value, ir.Value | None]]:
-    """What a Split gives, and the rows of the product's weight that give the same."""
-    weight, sizes = product.inputs[1], split.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    assert sizes is not None and sizes.const_value is not None
-    parts, begin = [], 0
-    for output, size in zip(split.outputs, sizes.const_value.numpy().tolist(), strict=True):
-        name, shape = f"{weight.name}_{begin}", (size, _sizes(weight)[1])
-        rows = _rows(weight.const_value, begin, shape, name)
-        part = ir.val(name, const_value=rows, dtype=rows.dtype, shape=shape)
-        graph.register_initializer(part)
-        parts.append((output, part))
-        begin += size
-    del graph.initializers[weight.name or ""]
-    return parts
-
-
-def _rows(tensor: ir.TensorProtocol, begin: int, shape: tuple[int, int], name: str) -> ir.TensorProtocol:
-    """Rows of a tensor, read when they are: no second copy of the model is ever in memory."""
-
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy()[begin : begin + shape[0]], dtype=tensor.dtype, name=name)
-
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)

@@ -1,22 +1,18 @@
-"""What stays on a GPU between calls of ONNX Runtime: weights that programs share, and buffers of state."""
+"""What ONNX Runtime takes and gives on a GPU, and the buffers of state that stay there between its calls."""
 
 import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from genbundle.bundles import BundleError
-from genbundle.runtime.backends.onnx_file import ExternalWeight, external_weights
-
 # ONNX's numbers of its types: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 BFLOAT16 = 16
-_TYPES: Mapping[int, np.dtype] = {
+TYPES: Mapping[int, np.dtype] = {
     1: np.dtype(np.float32),
     2: np.dtype(np.uint8),
     3: np.dtype(np.int8),
@@ -66,40 +62,6 @@ def as_numpy(onnxruntime: Any, tensor: Any, provider: str) -> np.ndarray:
 @functools.cache
 def _widening(onnxruntime: Any, provider: str) -> Any:
     return onnxruntime.InferenceSession(_WIDEN, providers=[provider])
-
-
-class DeviceWeights:
-    """A bundle's weights on a device, each once however many sessions read it."""
-
-    def __init__(self, value: Any, device: str):
-        self._value, self._device = value, device
-        self._files: dict[Path, np.ndarray] = {}
-        self._kept: dict[tuple, Any] = {}
-        self._owned: list[Any] = []
-
-    def share(self, options: Any, program: Path) -> None:
-        """Let the session that `options` open for an .onnx read the weights from here, but for those of types that
-        numpy lacks; BundleError for one that lies beyond its file's end."""
-        for weight in external_weights(program.read_bytes()):
-            if weight.dtype in _TYPES:
-                options.add_initializer(weight.name, self._find(weight, program.parent))
-
-    def _find(self, weight: ExternalWeight, folder: Path) -> Any:
-        file = folder / weight.location
-        key = (file, weight.offset, weight.length, weight.dtype, weight.shape)
-        if key not in self._kept:
-            if file not in self._files:
-                self._files[file] = np.memmap(file, np.uint8, mode="r")
-            content = self._files[file][weight.offset : weight.offset + weight.length]
-            try:
-                array = content.view(_TYPES[weight.dtype]).reshape(weight.shape)
-            except ValueError as error:
-                raise BundleError(f"{file}: doesn't hold the weight {weight.name!r} as its program has it") from error
-            owned = on_device(self._value, array, self._device)
-            self._owned.append(owned)
-            # Sessions share memory that isn't ONNX Runtime's own only: the same place, seen as somebody else's.
-            self._kept[key] = self._value.from_dlpack(owned)
-        return self._kept[key]
 
 
 class Buffers:

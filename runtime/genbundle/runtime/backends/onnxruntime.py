@@ -12,8 +12,9 @@ import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
 from genbundle.bundles.manifest import Program
-from genbundle.runtime.backends.onnx_device import Buffers, DeviceWeights, as_numpy, on_device
+from genbundle.runtime.backends.onnx_device import Buffers, as_numpy, on_device
 from genbundle.runtime.backends.onnx_file import named_files
+from genbundle.runtime.backends.onnx_weights import DeviceWeights, ScalesOfBlocks
 from genbundle.runtime.program import Tensor
 
 if TYPE_CHECKING:
@@ -89,9 +90,13 @@ class OnnxRuntimeBackend:
                 "can't: load the bundle on a GPU, or build it with another precision"
             )
         self._check_files(entry.file)
-        session, ort = self._session(entry), self._onnxruntime
+        ort = self._onnxruntime
         if not self._kept:
-            return OnnxProgram(ort, session, name, self.device, entry.in_place)
+            scales = None if entry.precision == "fp32" else ScalesOfBlocks(ort.OrtValue)
+            session = self._session(entry, scales)
+            if scales is not None:
+                scales.give_back()
+            return OnnxProgram(ort, session, name, self.device, entry.in_place, weights=scales)
         from genbundle.runtime.backends.onnx_steps import (
             FixedSteps,
             has_fixed_steps,
@@ -99,12 +104,15 @@ class OnnxRuntimeBackend:
 
         steps = None
         if has_fixed_steps(entry):
-            steps = FixedSteps(entry, partial(self._session, entry), ort, self.device, self._buffers)
-        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
-        return OnnxProgram(ort, session, name, self.device, entry.in_place, **kept)
+            steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._buffers)
+        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock, "weights": self._weights}
+        return OnnxProgram(ort, self._session(entry, self._weights), name, self.device, entry.in_place, **kept)
 
-    def _session(self, entry: Program, sizes: "Sizes | None" = None) -> Any:
-        """A session of a program; with `sizes`, for these alone, recorded where a GPU is."""
+    def _session(
+        self, entry: Program, weights: DeviceWeights | ScalesOfBlocks | None, sizes: "Sizes | None" = None
+    ) -> Any:
+        """A session of a program that reads `weights` from there; with `sizes`, for these alone, recorded where a GPU
+        is."""
         ort, file, provider = self._onnxruntime, self._bundle.file(entry.file), _PROVIDERS[self.device]
         options, settings = self._options(entry), {}
         for symbol, size in (sizes or {}).items():
@@ -112,8 +120,8 @@ class OnnxRuntimeBackend:
         if sizes is not None and self.device == "cuda":
             settings["enable_cuda_graph"] = "1"
         try:
-            if self._kept:
-                self._weights.share(options, file)
+            if weights is not None:
+                weights.share(options, file)
             # Its fallback would open all of it on the CPU, after a line on stdout, before we could look.
             session = ort.InferenceSession(str(file), options, providers=[(provider, settings)], enable_fallback=0)
         except BundleError:
@@ -132,8 +140,9 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        # What it holds back for later calls is as large as the largest prompt's work, and no step is faster for it.
-        options.enable_cpu_mem_arena = False
+        # What it holds back for later calls is as large as the largest prompt's work: that of a piece, or of all of it.
+        flow = self._bundle.manifest.flow
+        options.enable_cpu_mem_arena = flow.chunk is not None and entry.name in flow.step
         if entry.optimized and self.device == "cpu":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if entry.precision == "fp32":
@@ -178,7 +187,7 @@ class OnnxProgram:
 
     in_place: as the manifest's entry has it; such an output is the very tensor that went in. buffers: where those come
     from if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held
-    meanwhile.
+    meanwhile. weights: what the session reads and doesn't own.
     """
 
     def __init__(
@@ -192,8 +201,9 @@ class OnnxProgram:
         buffers: Buffers | None = None,
         steps: "FixedSteps | None" = None,
         lock: AbstractContextManager[Any] | None = None,
+        weights: DeviceWeights | ScalesOfBlocks | None = None,
     ):
-        self._value = onnxruntime.OrtValue
+        self._value, self._weights = onnxruntime.OrtValue, weights
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
         self._buffers, self._steps, self._lock = buffers, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]

@@ -1,0 +1,87 @@
+"""Pass: the gate and up projections of feed-forward layers as products of their own."""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from genbundle.builder.passes.elementwise import EACH, PAIRS
+from genbundle.builder.passes.insertion import take_place
+
+
+def multiply_apart(model: ir.Model) -> bool:
+    """`Split(x @ W)` becomes a product by a part of `W` for each of its results, where element-wise operators read
+    them all.
+
+    Upstream packs products of the same input into one. For queries, keys and values that spares two small ones; of a
+    feed-forward layer, Split copies the largest values that there are, and both stand in memory meanwhile. Some models'
+    own code packs them too. Returns whether the model was modified.
+    """
+    modified = False
+    for split in list(model.graph):
+        if split.op_type == "Split" and (sizes := _dealt_out(split)) is not None:
+            _separate(model.graph, split, sizes)
+            modified = True
+    if modified:
+        RemoveUnusedNodesPass()(model)
+    return modified
+
+
+def _dealt_out(split: ir.Node) -> list[int] | None:
+    """How many features each part has; None for a Split of anything but such a product."""
+    packed = split.inputs[0]
+    product = None if packed is None else packed.producer()
+    if packed is None or product is None or product.op_type != "MatMul" or product.graph is not split.graph:
+        return None
+    weight, alone = product.inputs[1], len(packed.uses()) == 1 and not packed.is_graph_output()
+    if weight is None or weight.const_value is None or not weight.is_initializer() or len(weight.uses()) != 1:
+        return None
+    shape, rank = tuple(weight.const_value.shape), None if packed.shape is None else len(packed.shape)
+    axis = split.attributes.get_int("axis", 0)
+    if not alone or len(shape) != 2 or (axis != -1 and (rank is None or axis != rank - 1)):
+        return None
+    if not all(map(_element_wise, split.outputs)):
+        return None
+    given = split.inputs[1] if len(split.inputs) > 1 else None
+    if given is None:
+        each, rest = divmod(int(shape[1]), len(split.outputs))
+        return None if rest else [each] * len(split.outputs)
+    constant = given.const_value if given.is_initializer() else None
+    return None if constant is None else [int(size) for size in constant.numpy()]
+
+
+def _element_wise(part: ir.Value) -> bool:
+    """Whether all that reads a value, or its sum with a bias, does the same to each of its numbers."""
+    for node in (use.node for use in part.uses()):
+        biased = node.op_type == "Add" and any(value is not None and value.is_initializer() for value in node.inputs)
+        if not (_element_wise(node.outputs[0]) if biased else node.op_type in EACH | PAIRS):
+            return False
+    return bool(part.uses()) and not part.is_graph_output()
+
+
+def _separate(graph: ir.Graph, split: ir.Node, sizes: list[int]) -> None:
+    product = split.inputs[0].producer() if split.inputs[0] is not None else None
+    assert product is not None
+    given, weight = product.inputs
+    assert weight is not None and weight.const_value is not None
+    begin = 0
+    for part, size in zip(list(split.outputs), sizes, strict=True):
+        name = f"{weight.name}_{begin}"
+        tensor = _columns(weight.const_value, begin, size, name)
+        matrix = ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
+        graph.register_initializer(matrix)
+        node = ir.node("MatMul", [given, matrix])
+        graph.insert_before(split, node)
+        take_place(part, node.outputs[0])
+        begin += size
+    graph.remove([split, product], safe=True)
+    del graph.initializers[weight.name or ""]
+
+
+def _columns(tensor: ir.TensorProtocol, begin: int, count: int, name: str) -> ir.TensorProtocol:
+    """Columns of a tensor, read when they are: no second copy of the model is ever in memory."""
+
+    def compute() -> ir.TensorProtocol:
+        columns = tensor.numpy()[:, begin : begin + count]
+        return ir.tensor(np.ascontiguousarray(columns), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape([tensor.shape[0], count]), name=name)
