@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXTS = (128, 900)
-TURNS, STEPS = 12, 4
+TURNS, STEPS = 36, 4
 THREADS = 2
 SHAPES = {
     "full": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,

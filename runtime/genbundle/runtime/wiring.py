@@ -47,6 +47,7 @@ class Wiring:
         self._written = {
             program.name: {item.source.name or "" for item in program.buffers} for program in manifest.programs
         }
+        self._to_room = {program.name for program in manifest.programs if program.attends_to_room}
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
         kinds = [{item.source.kind for item in program.inputs} for program in manifest.programs]
@@ -122,6 +123,10 @@ class Wiring:
         """The state entries that a program writes in place."""
         return self._written[name]
 
+    def attends_to_room(self, name: str) -> bool:
+        """Whether a program's mask is as long as its buffers."""
+        return name in self._to_room
+
     def _check(self) -> None:
         """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
         for program in self.manifest.programs:
@@ -140,7 +145,7 @@ class Wiring:
                 )
         routes = (route for route in self.manifest.flow.prompt if route.one_by_one and len(route.programs) > 1)
         for name in (route.programs[-1] for route in routes):
-            if self._entries[name].attends_to_room:
+            if name in self._to_room:
                 raise BundleError(f"{name!r} takes prompts token by token, and its mask hides none of them")
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
@@ -293,7 +298,7 @@ class _Call:
         state, name, to_numpy = self.sequences.state, item.source.name or "", self.wiring.backend.to_numpy
         if CAPACITY not in item.shape:
             return state.exact(name, to_numpy)
-        few = self.wiring.entry(program).attends_to_room
+        few = self.wiring.attends_to_room(program)
         return state.buffer(name, self.tokens.shape[1], to_numpy, few_sizes=few)
 
     def _wanted(self, item: Input) -> bool:

@@ -73,7 +73,7 @@ class _Step:
         inside, nothing = Tape(), Tape()
         room = inside.op("Sub", [_size(inside, keys, 2), _size(inside, bias, 3)])
         pads = inside.op("Concat", [constant(graph, "pads_before", [0] * 7), room], attributes={"axis": 0})
-        mask = inside.op("Pad", [bias, pads, hidden])
+        mask = self._grouped(inside, inside.op("Pad", [bias, pads, hidden]), _groups(first))
         # Lengths are counted without the last token, which makes them the new one's place; of each head and number.
         place = inside.op("Cast", [lengths], attributes={"to": ir.DataType.INT64.value})
         place = inside.op("Reshape", [place, constant(graph, "by_sequence", [-1, 1, 1, 1])])
@@ -81,6 +81,14 @@ class _Step:
         unread = [nothing.op("Identity", [value]) for value in (hidden, one)]
         self._mask, self._place = self._if(tape, name, (inside.nodes, [mask, place]), (nothing.nodes, unread))
         insert_before(graph, first, tape.nodes, name)
+
+    def _grouped(self, tape: Tape, mask: ir.Value, groups: int) -> ir.Value:
+        """A mask `[batch, 1 or heads, 1, room]` with the heads as the scores have them: groups, and those of each; 1
+        and 1 where it is the same for all."""
+        heads = _size(tape, mask, 1)
+        of_groups = tape.op("Min", [heads, self._sizes(groups)])
+        sizes = [self._sizes(0), of_groups, tape.op("Div", [heads, of_groups]), self._sizes(-1)]
+        return tape.op("Reshape", [mask, tape.op("Concat", sizes, attributes={"axis": 0})])
 
     def choose(self, node: ir.Node) -> None:
         """Put the If in the node's place."""
@@ -106,9 +114,7 @@ class _Step:
             written.append(tape.op("ScatterElements", [buffer, self._place, new], attributes={"axis": 2}))
         scale = {"transB": 1, "alpha": node.attributes["scale"].as_float()}
         scores = tape.op("FusedMatMul", [query, written[0]], attributes=scale, domain="com.microsoft")
-        scores = tape.op("Reshape", [scores, self._sizes(0, heads, 1, -1)])  # a bias may be each head's own
         shares = tape.op("Softmax", [tape.op("Add", [scores, self._mask])], attributes={"axis": -1})
-        shares = tape.op("Reshape", [shares, self._sizes(0, groups, heads // groups, -1)])
         attended = tape.op("MatMul", [shares, written[1]])
         return [tape.op("Reshape", [attended, self._sizes(0, 1, heads * width)]), *written]
 
