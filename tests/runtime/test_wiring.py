@@ -89,11 +89,19 @@ def test_a_long_prompt_without_padding_goes_in_pieces(inputs, pieces):
     assert [feeds["input_ids"][0].tolist() for _, feeds in backend.calls] == pieces
 
 
-def chunked(**changes) -> tuple[Wiring, Backend]:
+def chunked(chunk: int = 2, **changes) -> tuple[Wiring, Backend]:
     backend = Backend()
-    flow = Flow(prompt=(Route(programs=("step",)),), step=("step",), continues=True, chunk=2, **changes)
+    flow = Flow(prompt=(Route(programs=("step",)),), step=("step",), continues=True, chunk=chunk, **changes)
     made = manifest(flow=flow, programs=(program("step", ("batch", "sequence")),), state=())
     return Wiring(made, backend), backend
+
+
+def test_pieces_are_of_about_the_same_length():
+    """One token of its own would cost as much as a step."""
+    flow, backend = chunked(chunk=4)
+    ids = np.arange(1, 10)[None]
+    flow.prompt({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    assert [feeds["input_ids"].shape[1] for _, feeds in backend.calls] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("restart", "lengths"), [(4, [5]), (5, [2, 2, 1])])

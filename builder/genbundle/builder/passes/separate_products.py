@@ -35,7 +35,7 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
     weight, alone = product.inputs[1], len(packed.uses()) == 1 and not packed.is_graph_output()
     if weight is None or weight.const_value is None or not weight.is_initializer() or len(weight.uses()) != 1:
         return None
-    shape, rank = tuple(weight.const_value.shape), None if packed.shape is None else len(packed.shape)
+    shape, rank = weight.const_value.numpy().shape, None if packed.shape is None else len(packed.shape)
     axis = split.attributes.get_int("axis", 0)
     if not alone or len(shape) != 2 or (axis != -1 and (rank is None or axis != rank - 1)):
         return None
@@ -43,7 +43,7 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
         return None
     given = split.inputs[1] if len(split.inputs) > 1 else None
     if given is None:
-        each, rest = divmod(int(shape[1]), len(split.outputs))
+        each, rest = divmod(shape[1], len(split.outputs))
         return None if rest else [each] * len(split.outputs)
     constant = given.const_value if given.is_initializer() else None
     return None if constant is None else [int(size) for size in constant.numpy()]
@@ -77,11 +77,12 @@ def _separate(graph: ir.Graph, split: ir.Node, sizes: list[int]) -> None:
     del graph.initializers[weight.name or ""]
 
 
-def _columns(tensor: ir.TensorProtocol, begin: int, count: int, name: str) -> ir.TensorProtocol:
+def _columns(tensor: ir.TensorProtocol, begin: int, count: int, name: str) -> ir.LazyTensor:
     """Columns of a tensor, read when they are: no second copy of the model is ever in memory."""
 
     def compute() -> ir.TensorProtocol:
         columns = tensor.numpy()[:, begin : begin + count]
         return ir.tensor(np.ascontiguousarray(columns), dtype=tensor.dtype, name=name)
 
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape([tensor.shape[0], count]), name=name)
+    shape = ir.Shape((tensor.numpy().shape[0], count))
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
