@@ -46,9 +46,25 @@ def test_gate_and_up_become_products_of_their_own(tmp_path, sizes):
     expected = run(model, tmp_path / "a.onnx", x=x)[0]
     assert multiply_apart(model)
     assert [node.op_type for node in model.graph] == ["MatMul", "MatMul", "Sigmoid", "Add", "Mul"]
-    assert set(model.graph.initializers) == {"w_0", f"w_{INNER}", "bias"}
+    assert set(model.graph.initializers) == {"w_part_0", "w_part_1", "bias"}
     np.testing.assert_allclose(run(model, tmp_path / "b.onnx", x=x)[0], expected, rtol=1e-6, atol=1e-6)
     assert not multiply_apart(model)
+
+
+def test_parts_of_other_sizes_and_taken_names(tmp_path):
+    packed = Packed(sizes=[3, 7])
+    taken, bias = (constant(name, RNG.standard_normal(7).astype(np.float32)) for name in ("w_part_1", "bias"))
+    packed.constants += [taken, bias]
+    first, last = ir.node("Neg", [packed.split.outputs[0]]), ir.node("Mul", [packed.split.outputs[1], taken])
+    packed.nodes += [first, last]
+    (z,), (y,) = shaped(first, ["batch", "length", 3]), shaped(last, ["batch", "length", 7])
+    y.name, z.name = "y", "z"
+    model = model_of([packed.x], [y, z], packed.nodes, packed.constants)
+    x = RNG.standard_normal((2, 3, WIDTH), np.float32)
+    expected = run(model, tmp_path / "a.onnx", x=x)
+    assert multiply_apart(model)
+    for result, want in zip(run(model, tmp_path / "b.onnx", x=x), expected, strict=True):
+        np.testing.assert_allclose(result, want, rtol=1e-6, atol=1e-6)
 
 
 def test_what_attention_reads_stays_together():

@@ -24,15 +24,23 @@ def program(tmp_path):
     return tmp_path / "p.onnx"
 
 
-def opened(program, weights):
-    options = onnxruntime.SessionOptions()
-    weights.share(options, program)
-    return onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize(
+MAKE = pytest.mark.parametrize(
     "make", [ScalesOfBlocks, lambda value: DeviceWeights(value, "cpu")], ids=["on the CPU", "on a device"]
 )
+
+
+def opened(program, weights):
+    """A session of a copy of the program, beside which lie zeros."""
+    options = onnxruntime.SessionOptions()
+    weights.share(options, program)
+    other = program.parent / "other"
+    other.mkdir()
+    (other / "p.onnx").write_bytes(program.read_bytes())
+    (other / "weights").write_bytes(bytes((program.parent / "weights").stat().st_size))
+    return onnxruntime.InferenceSession(str(other / "p.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+@MAKE
 def test_a_session_reads_what_it_is_handed(program, make):
     x = np.random.default_rng(1).standard_normal(75_001).astype(np.float32)
     (expected,) = onnxruntime.InferenceSession(str(program)).run(None, {"x": x})
@@ -43,7 +51,20 @@ def test_a_session_reads_what_it_is_handed(program, make):
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], expected)
 
 
-@pytest.mark.parametrize("make", [ScalesOfBlocks, lambda value: DeviceWeights(value, "cpu")])
+def test_programs_in_two_folders_read_each_their_own(program, tmp_path):
+    other = tmp_path / "zeros"
+    other.mkdir()
+    (other / "p.onnx").write_bytes(program.read_bytes())
+    (other / "weights").write_bytes(bytes((program.parent / "weights").stat().st_size))
+    weights, x = DeviceWeights(onnxruntime.OrtValue, "cpu"), np.ones(75_001, np.float32)
+    for path in (program, other / "p.onnx"):
+        options = onnxruntime.SessionOptions()
+        weights.share(options, path)
+        (expected,) = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})
+        np.testing.assert_array_equal(onnxruntime.InferenceSession(str(path), options).run(None, {"x": x})[0], expected)
+
+
+@MAKE
 @pytest.mark.parametrize("left", [0, 1000, 300_000])
 def test_a_file_that_ends_before_its_weights(program, make, left):
     file = program.parent / "weights"

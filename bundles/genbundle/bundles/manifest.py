@@ -139,8 +139,8 @@ class Flow:
     take several new tokens after a past, so that a prompt may be continued. capacity: the most tokens (prompt and
     generated) that the state holds; None when only the model's own limit stands. restart: a sequence of so many tokens
     is run again as a whole, from an empty state, with the next token; None for models that don't need it. chunk: a
-    longer prompt of one sequence goes through the step's programs in pieces of so many tokens, so that what a call
-    needs beside the state doesn't grow with the prompt; None for prompts that go through as a whole.
+    longer prompt of one sequence goes through the step's programs in pieces of at most so many tokens, so that what a
+    call needs beside the state doesn't grow with the prompt; None for prompts that go through as a whole.
     """
 
     prompt: tuple[Route, ...]

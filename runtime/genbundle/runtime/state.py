@@ -95,7 +95,7 @@ def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:
     shape[axis] = size
     try:
         grown = _zeros(shape, array.dtype)
-    except (MemoryError, OSError) as error:
+    except (MemoryError, OSError, OverflowError) as error:
         raise EngineError(f"no memory for a state of {shape}") from error
     kept = (slice(None),) * axis + (slice(length),)
     grown[kept] = array[kept]

@@ -154,9 +154,10 @@ def _lower(component: Component, provider: str, precisions: Precisions) -> ir.Mo
     _expect_dynamic(model, component)
     share_transposed_weights(model)
     unfuse_batch_transposes(model)
+    if provider == "cpu":
+        multiply_apart(model)  # in all programs, fused or not: they share weights
     if fused_for is not None:
         remove_round_trips(model)
-        multiply_apart(model)
         add_biases_before_split(model)
     return model
 

@@ -35,7 +35,7 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
     weight, alone = product.inputs[1], len(packed.uses()) == 1 and not packed.is_graph_output()
     if weight is None or weight.const_value is None or not weight.is_initializer() or len(weight.uses()) != 1:
         return None
-    shape, rank = weight.const_value.numpy().shape, None if packed.shape is None else len(packed.shape)
+    shape, rank = _sizes(weight.const_value), None if packed.shape is None else len(packed.shape)
     axis = split.attributes.get_int("axis", 0)
     if not alone or len(shape) != 2 or (axis != -1 and (rank is None or axis != rank - 1)):
         return None
@@ -46,7 +46,8 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
         each, rest = divmod(shape[1], len(split.outputs))
         return None if rest else [each] * len(split.outputs)
     constant = given.const_value if given.is_initializer() else None
-    return None if constant is None else [int(size) for size in constant.numpy()]
+    sizes = [] if constant is None else [int(size) for size in constant.numpy()]
+    return sizes if sizes and all(sizes) else None
 
 
 def _element_wise(part: ir.Value) -> bool:
@@ -64,8 +65,10 @@ def _separate(graph: ir.Graph, split: ir.Node, sizes: list[int]) -> None:
     given, weight = product.inputs
     assert weight is not None and weight.const_value is not None
     begin = 0
-    for part, size in zip(list(split.outputs), sizes, strict=True):
-        name = f"{weight.name}_{begin}"
+    for number, (part, size) in enumerate(zip(list(split.outputs), sizes, strict=True)):
+        name = f"{weight.name}_part_{number}"
+        while name in graph.initializers:
+            name += "_"
         tensor = _columns(weight.const_value, begin, size, name)
         matrix = ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
         graph.register_initializer(matrix)
@@ -78,11 +81,15 @@ def _separate(graph: ir.Graph, split: ir.Node, sizes: list[int]) -> None:
 
 
 def _columns(tensor: ir.TensorProtocol, begin: int, count: int, name: str) -> ir.LazyTensor:
-    """Columns of a tensor, read when they are: no second copy of the model is ever in memory."""
+    """Columns of a tensor, copied when they are read."""
 
     def compute() -> ir.TensorProtocol:
         columns = tensor.numpy()[:, begin : begin + count]
         return ir.tensor(np.ascontiguousarray(columns), dtype=tensor.dtype, name=name)
 
-    shape = ir.Shape((tensor.numpy().shape[0], count))
+    shape = ir.Shape((_sizes(tensor)[0], count))
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
+
+
+def _sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(size) for size in tensor.shape)  # pyright: ignore[reportArgumentType]

@@ -12,34 +12,25 @@ from genbundle.runtime.backends.onnx_device import TYPES, on_device
 from genbundle.runtime.backends.onnx_file import ExternalWeight, external_weights
 
 _FLOAT32 = 1  # ONNX's number of it
+# Each mapping holds a file descriptor (until Python 3.13's `trackfd`), of which a process may have no more than 256.
+_MOST = 128
 
 
-class _Mapped:
-    """Weights where their files are mapped: each by itself, since the system may map what lies around too."""
-
-    def __init__(self) -> None:
-        self._mapped: list[mmap.mmap] = []
-
-    def read(self, weight: ExternalWeight, folder: Path) -> np.ndarray:
-        """A weight; BundleError for one that lies beyond its file's end."""
-        file, before = folder / weight.location, weight.offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            with file.open("rb") as stream:
-                mapped = mmap.mmap(
-                    stream.fileno(), before + weight.length, access=mmap.ACCESS_READ, offset=weight.offset - before
-                )
-            content = np.frombuffer(mapped, np.uint8, weight.length, before)
-            array = content.view(TYPES[weight.dtype]).reshape(weight.shape)
-        except ValueError as error:
-            raise BundleError(f"{file}: doesn't hold the weight {weight.name!r} as its program has it") from error
-        self._mapped.append(mapped)
-        return array
-
-    def give_back(self) -> None:
-        """Let the system have the memory of what was read; it is read from the files again where it has to be."""
-        for mapped in self._mapped:
-            if hasattr(mapped, "madvise"):  # not on Windows
-                mapped.madvise(mmap.MADV_DONTNEED)
+def _mapped(weight: ExternalWeight, folder: Path) -> tuple[np.ndarray, mmap.mmap]:
+    """A weight where its file is mapped, by itself, since the system may map what lies around too; BundleError for one
+    that lies beyond its file's end."""
+    file, before = folder / weight.location, weight.offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        if not 0 < weight.length <= file.stat().st_size - weight.offset:
+            raise ValueError("beyond the file's end")
+        with file.open("rb") as stream:
+            mapped = mmap.mmap(
+                stream.fileno(), before + weight.length, access=mmap.ACCESS_READ, offset=weight.offset - before
+            )
+        content = np.frombuffer(mapped, np.uint8, weight.length, before)
+        return content.view(TYPES[weight.dtype]).reshape(weight.shape), mapped
+    except ValueError as error:
+        raise BundleError(f"{file}: doesn't hold the weight {weight.name!r} as its program has it") from error
 
 
 class DeviceWeights:
@@ -47,7 +38,6 @@ class DeviceWeights:
 
     def __init__(self, value: Any, device: str):
         self._value, self._device = value, device
-        self._mapped = _Mapped()
         self._kept: dict[tuple, Any] = {}
         self._owned: list[Any] = []
 
@@ -59,9 +49,9 @@ class DeviceWeights:
                 options.add_initializer(weight.name, self._find(weight, program.parent))
 
     def _find(self, weight: ExternalWeight, folder: Path) -> Any:
-        key = (weight.location, weight.offset, weight.length, weight.dtype, weight.shape)
+        key = (folder / weight.location, weight.offset, weight.length, weight.dtype, weight.shape)
         if key not in self._kept:
-            owned = on_device(self._value, self._mapped.read(weight, folder), self._device)
+            owned = on_device(self._value, _mapped(weight, folder)[0], self._device)
             self._owned.append(owned)
             # Sessions share memory that isn't ONNX Runtime's own only: the same place, seen as somebody else's.
             self._kept[key] = self._value.from_dlpack(owned)
@@ -69,21 +59,25 @@ class DeviceWeights:
 
 
 class ScalesOfBlocks:
-    """The float32 numbers of programs whose other weights are blocks of a few bits. ONNX Runtime takes the scales into
-    its packed form when it opens a program, and would keep them mapped, a tenth of the file, though no call reads them.
-    """
+    """The float32 numbers of a program whose products are by blocks of a few bits, mostly these blocks' scales. Where
+    ONNX Runtime takes them into its packed form, when it opens the program, no call reads them again; yet it would keep
+    them mapped, a tenth of the file. The largest are handed to it, which are most of them."""
 
     def __init__(self, value: Any):
-        self._value, self._mapped = value, _Mapped()
-        self._kept: list[Any] = []
+        self._value = value
+        self._kept: list[tuple[Any, mmap.mmap]] = []
 
     def share(self, options: Any, program: Path) -> None:
         """Let the session that `options` open for an .onnx read its float32 numbers from here; BundleError as above."""
-        for weight in external_weights(program.read_bytes()):
-            if weight.dtype == _FLOAT32:
-                self._kept.append(self._value.ortvalue_from_numpy(self._mapped.read(weight, program.parent), "cpu"))
-                options.add_initializer(weight.name, self._kept[-1])
+        found = [weight for weight in external_weights(program.read_bytes()) if weight.dtype == _FLOAT32]
+        for weight in sorted(found, key=lambda weight: -weight.length)[:_MOST]:
+            array, mapped = _mapped(weight, program.parent)
+            handed = self._value.ortvalue_from_numpy(array, "cpu")
+            options.add_initializer(weight.name, handed)
+            self._kept.append((handed, mapped))
 
     def give_back(self) -> None:
-        """Let the system have the memory of what opening has read."""
-        self._mapped.give_back()
+        """Let the system have the memory of what opening has read; it is read from the file again where it has to."""
+        for _, mapped in self._kept:
+            if hasattr(mapped, "madvise"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)

@@ -92,11 +92,11 @@ class OnnxRuntimeBackend:
         self._check_files(entry.file)
         ort = self._onnxruntime
         if not self._kept:
-            scales = None if entry.precision == "fp32" else ScalesOfBlocks(ort.OrtValue)
+            scales = ScalesOfBlocks(ort.OrtValue) if entry.precision in ("int8", "int4") else None
             session = self._session(entry, scales)
             if scales is not None:
                 scales.give_back()
-            return OnnxProgram(ort, session, name, self.device, entry.in_place, weights=scales)
+            return OnnxProgram(ort, session, name, self.device, entry.in_place)
         from genbundle.runtime.backends.onnx_steps import (
             FixedSteps,
             has_fixed_steps,
@@ -105,7 +105,7 @@ class OnnxRuntimeBackend:
         steps = None
         if has_fixed_steps(entry):
             steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._buffers)
-        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock, "weights": self._weights}
+        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
         return OnnxProgram(ort, self._session(entry, self._weights), name, self.device, entry.in_place, **kept)
 
     def _session(
@@ -131,6 +131,7 @@ class OnnxRuntimeBackend:
         if provider not in session.get_providers():
             # It goes on with the CPU, and says so only in its log.
             raise _not_started(self._bundle, provider, f"it would run {entry.file} with {session.get_providers()[0]}")
+        session.handed_weights = weights  # it reads them and keeps nothing of them alive
         return session
 
     def _options(self, entry: Program) -> Any:
@@ -140,9 +141,11 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        # What it holds back for later calls is as large as the largest prompt's work: that of a piece, or of all of it.
+        # What it holds back for later calls is as large as the largest call's work: that of a piece where prompts go in
+        # pieces, and of more only after batches.
         flow = self._bundle.manifest.flow
-        options.enable_cpu_mem_arena = flow.chunk is not None and entry.name in flow.step
+        pieces = flow.chunk is not None and entry.name in flow.step
+        options.enable_cpu_mem_arena = pieces and self.device == "cpu"
         if entry.optimized and self.device == "cpu":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if entry.precision == "fp32":
@@ -187,7 +190,7 @@ class OnnxProgram:
 
     in_place: as the manifest's entry has it; such an output is the very tensor that went in. buffers: where those come
     from if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held
-    meanwhile. weights: what the session reads and doesn't own.
+    meanwhile.
     """
 
     def __init__(
@@ -201,9 +204,8 @@ class OnnxProgram:
         buffers: Buffers | None = None,
         steps: "FixedSteps | None" = None,
         lock: AbstractContextManager[Any] | None = None,
-        weights: DeviceWeights | ScalesOfBlocks | None = None,
     ):
-        self._value, self._weights = onnxruntime.OrtValue, weights
+        self._value = onnxruntime.OrtValue
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
         self._buffers, self._steps, self._lock = buffers, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]
