@@ -158,7 +158,7 @@ def _in_pieces(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | No
     size = max(1, lengths[longest.name] // 3)
     manifest = replace(bundle.manifest, flow=replace(bundle.manifest.flow, chunk=size))
     pieces = Model(replace(bundle, manifest=manifest), runtime.backend)
-    return _checked(pieces, [replace(longest, name=f"{longest.name}, in pieces of {size}")], floor)
+    return _checked(pieces, [replace(longest, name=f"{longest.name}, in pieces of at most {size}")], floor)
 
 
 def _checked(runtime: Model, cases: list[GoldenCase], floor: QualityFloor | None) -> tuple[Check, ...]:

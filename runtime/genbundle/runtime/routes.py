@@ -70,9 +70,9 @@ class Routes:
             and inputs.keys() <= set(TEXT_INPUTS)
             and len(token_ids(inputs)) == 1
         )
-        if chunk is None or not plain or not token_mask(inputs).all():
+        if chunk is None or length <= chunk or not plain or not token_mask(inputs).all():
             return length
-        # Pieces of about the same length: a last one of few tokens would read every weight for these.
+        # Of about the same length, where there are few: a last one of few tokens would read every weight for these.
         return math.ceil(length / math.ceil(length / chunk))
 
     def together(self, inputs: dict[str, np.ndarray]) -> bool:

@@ -4,13 +4,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from genbundle.builder.passes.elementwise import EACH, PAIRS
+from genbundle.builder.passes.elementwise import EACH, GELUS, PAIRS
 from genbundle.builder.passes.insertion import take_place
 
 
 def multiply_apart(model: ir.Model) -> bool:
-    """`Split(x @ W)` becomes a product by a part of `W` for each of its results, where element-wise operators read
-    them all.
+    """`Split(x @ W)`, without a bias before the Split, becomes a product by a part of `W` for each of its results,
+    where element-wise operators read them all.
 
     Upstream packs products of the same input into one. For queries, keys and values that spares two small ones; of a
     feed-forward layer, Split copies the largest values that there are, and both stand in memory meanwhile. Some models'
@@ -54,7 +54,7 @@ def _element_wise(part: ir.Value) -> bool:
     """Whether all that reads a value, or its sum with a bias, does the same to each of its numbers."""
     for node in (use.node for use in part.uses()):
         biased = node.op_type == "Add" and any(value is not None and value.is_initializer() for value in node.inputs)
-        if not (_element_wise(node.outputs[0]) if biased else node.op_type in EACH | PAIRS):
+        if not (_element_wise(node.outputs[0]) if biased else node.op_type in EACH | PAIRS | GELUS):
             return False
     return bool(part.uses()) and not part.is_graph_output()
 

@@ -12,17 +12,20 @@ from genbundle.runtime.backends.onnx_device import TYPES, on_device
 from genbundle.runtime.backends.onnx_file import ExternalWeight, external_weights
 
 _FLOAT32 = 1  # ONNX's number of it
-# Each mapping holds a file descriptor (until Python 3.13's `trackfd`), of which a process may have no more than 256.
-_MOST = 128
+# Each mapping holds a file descriptor (until Python 3.13's `trackfd`), of which a process may have no more than 256: so
+# many for a bundle.
+_MOST = 96
 
 
 def _mapped(weight: ExternalWeight, folder: Path) -> tuple[np.ndarray, mmap.mmap]:
     """A weight where its file is mapped, by itself, since the system may map what lies around too; BundleError for one
-    that lies beyond its file's end."""
+    that its file can't hold so."""
     file, before = folder / weight.location, weight.offset % mmap.ALLOCATIONGRANULARITY
     try:
         if not 0 < weight.length <= file.stat().st_size - weight.offset:
             raise ValueError("beyond the file's end")
+        if weight.offset % TYPES[weight.dtype].itemsize:
+            raise ValueError("between two numbers")
         with file.open("rb") as stream:
             mapped = mmap.mmap(
                 stream.fileno(), before + weight.length, access=mmap.ACCESS_READ, offset=weight.offset - before
@@ -59,8 +62,8 @@ class DeviceWeights:
 
 
 class ScalesOfBlocks:
-    """The float32 numbers of a program whose products are by blocks of a few bits, mostly these blocks' scales. Where
-    ONNX Runtime takes them into its packed form, when it opens the program, no call reads them again; yet it would keep
+    """The float32 numbers of programs whose products are by blocks of a few bits, mostly these blocks' scales. Where
+    ONNX Runtime takes them into its packed form, when it opens a program, no call reads them again; yet it would keep
     them mapped, a tenth of the file. The largest are handed to it, which are most of them."""
 
     def __init__(self, value: Any):
@@ -70,7 +73,7 @@ class ScalesOfBlocks:
     def share(self, options: Any, program: Path) -> None:
         """Let the session that `options` open for an .onnx read its float32 numbers from here; BundleError as above."""
         found = [weight for weight in external_weights(program.read_bytes()) if weight.dtype == _FLOAT32]
-        for weight in sorted(found, key=lambda weight: -weight.length)[:_MOST]:
+        for weight in sorted(found, key=lambda weight: -weight.length)[: _MOST - len(self._kept)]:
             array, mapped = _mapped(weight, program.parent)
             handed = self._value.ortvalue_from_numpy(array, "cpu")
             options.add_initializer(weight.name, handed)

@@ -62,6 +62,7 @@ class OnnxRuntimeBackend:
         self.device = device
         self._kept = "cuda" in (device, bundle.manifest.backend) if kept is None else kept
         self._weights = DeviceWeights(onnxruntime.OrtValue, device)
+        self._scales = ScalesOfBlocks(onnxruntime.OrtValue)
         self._buffers = Buffers(onnxruntime.OrtValue, device)
         self._programs: dict[str, OnnxProgram] = {}
         # While a step is recorded, nothing else may be asked of the GPU, by any thread or other bundle:
@@ -92,7 +93,7 @@ class OnnxRuntimeBackend:
         self._check_files(entry.file)
         ort = self._onnxruntime
         if not self._kept:
-            scales = ScalesOfBlocks(ort.OrtValue) if entry.precision in ("int8", "int4") else None
+            scales = self._scales if entry.precision in ("int8", "int4") else None
             session = self._session(entry, scales)
             if scales is not None:
                 scales.give_back()
@@ -141,11 +142,11 @@ class OnnxRuntimeBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
-        # What it holds back for later calls is as large as the largest call's work: that of a piece where prompts go in
-        # pieces, and of more only after batches.
+        # What it holds back for later calls is as large as the largest call's work: that of a piece where all prompts
+        # go in pieces, but for those in batches or with padding.
         flow = self._bundle.manifest.flow
-        pieces = flow.chunk is not None and entry.name in flow.step
-        options.enable_cpu_mem_arena = pieces and self.device == "cpu"
+        pieces = flow.chunk is not None and all(route.programs == flow.step for route in flow.prompt)
+        options.enable_cpu_mem_arena = pieces and entry.name in flow.step and self.device == "cpu"
         if entry.optimized and self.device == "cpu":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if entry.precision == "fp32":
