@@ -53,8 +53,8 @@ def test_gate_and_up_become_products_of_their_own(tmp_path, sizes):
 
 def test_parts_of_other_sizes_and_taken_names(tmp_path):
     packed = Packed(sizes=[3, 7])
-    taken, bias = (constant(name, RNG.standard_normal(7).astype(np.float32)) for name in ("w_part_1", "bias"))
-    packed.constants += [taken, bias]
+    taken = constant("w_part_1", RNG.standard_normal(7).astype(np.float32))
+    packed.constants.append(taken)
     first, last = ir.node("Neg", [packed.split.outputs[0]]), ir.node("Mul", [packed.split.outputs[1], taken])
     packed.nodes += [first, last]
     (z,), (y,) = shaped(first, ["batch", "length", 3]), shaped(last, ["batch", "length", 7])

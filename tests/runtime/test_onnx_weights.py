@@ -29,15 +29,20 @@ MAKE = pytest.mark.parametrize(
 )
 
 
-def opened(program, weights):
-    """A session of a copy of the program, beside which lie zeros."""
-    options = onnxruntime.SessionOptions()
-    weights.share(options, program)
-    other = program.parent / "other"
+def beside_zeros(program):
+    """A copy of the program, whose weights are all zero."""
+    other = program.parent / "zeros"
     other.mkdir()
     (other / "p.onnx").write_bytes(program.read_bytes())
     (other / "weights").write_bytes(bytes((program.parent / "weights").stat().st_size))
-    return onnxruntime.InferenceSession(str(other / "p.onnx"), options, providers=["CPUExecutionProvider"])
+    return other / "p.onnx"
+
+
+def opened(program, weights):
+    """A session of a copy of the program that is handed the program's own weights."""
+    options = onnxruntime.SessionOptions()
+    weights.share(options, program)
+    return onnxruntime.InferenceSession(str(beside_zeros(program)), options, providers=["CPUExecutionProvider"])
 
 
 @MAKE
@@ -51,13 +56,9 @@ def test_a_session_reads_what_it_is_handed(program, make):
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], expected)
 
 
-def test_programs_in_two_folders_read_each_their_own(program, tmp_path):
-    other = tmp_path / "zeros"
-    other.mkdir()
-    (other / "p.onnx").write_bytes(program.read_bytes())
-    (other / "weights").write_bytes(bytes((program.parent / "weights").stat().st_size))
+def test_programs_in_two_folders_read_each_their_own(program):
     weights, x = DeviceWeights(onnxruntime.OrtValue, "cpu"), np.ones(75_001, np.float32)
-    for path in (program, other / "p.onnx"):
+    for path in (program, beside_zeros(program)):
         options = onnxruntime.SessionOptions()
         weights.share(options, path)
         (expected,) = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from genbundle.builder.passes.tensors import sizes, when_read
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
@@ -150,13 +151,12 @@ class _Typed:
         name = f"{value.name}.{wanted.name.lower()}"
         most = float(ml_dtypes.finfo(numpy_type).max)
 
-        def compute() -> ir.TensorProtocol:
-            array = tensor.numpy()
+        def rounded(array: np.ndarray) -> np.ndarray:
             # A mask's smallest number stays one: infinite ones make NaN of rows that are hidden as a whole.
             finite = np.where(np.isfinite(array), np.clip(array, -most, most), array)
-            return ir.tensor(finite.astype(numpy_type), dtype=wanted, name=name)
+            return finite.astype(numpy_type)
 
-        lazy = ir.LazyTensor(compute, dtype=wanted, shape=tensor.shape, name=name)  # pyright: ignore
+        lazy = when_read(tensor, rounded, sizes(tensor), name, wanted)
         made = ir.Value(name=name, type=ir.TensorType(wanted), shape=value.shape, const_value=lazy)
         self._graph.register_initializer(made)
         return made

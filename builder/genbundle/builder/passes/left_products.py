@@ -6,11 +6,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
-from genbundle.builder.passes.elementwise import EACH, PAIRS
+from genbundle.builder.passes.elementwise import EACH, GELUS, PAIRS
 from genbundle.builder.passes.insertion import constant, insert_before, take_place
-
-# ONNX Runtime's of the sum with a bias, a number for each feature, and what they are without it.
-_BIASED = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
+from genbundle.builder.passes.tensors import sizes
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def _weight(node: ir.Node) -> ir.Value | None:
 
 def _sizes(value: ir.Value | None) -> tuple[int, ...]:
     assert value is not None and value.const_value is not None
-    return tuple(int(size) for size in value.const_value.shape)  # pyright: ignore[reportArgumentType]
+    return sizes(value.const_value)
 
 
 def _layer_before(last: ir.Node) -> _Layer | None:
@@ -89,7 +87,7 @@ def _computed(node: ir.Node) -> list[ir.Value | None] | None:
     each = node.op_type in EACH and len(node.inputs) == 1
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
     rows = all(len(_sizes(value)) < 2 for value in constants)
-    if not rows or not (each or node.op_type in PAIRS or node.op_type in _BIASED):
+    if not rows or not (each or node.op_type in PAIRS or node.op_type in GELUS):
         return None
     return [value for value in node.inputs if value not in constants]
 
@@ -123,7 +121,7 @@ def _turn(graph: ir.Graph, layer: _Layer) -> None:
             if value is not None and value.is_initializer() and value.const_value is not None and _sizes(value):
                 column = value.const_value.numpy().reshape(-1, 1)
                 node.replace_input_with(place, constant(graph, f"{value.name}_column", column))
-        if node.op_type in _BIASED and len(node.inputs) == 2:
+        if node.op_type in GELUS and len(node.inputs) == 2:
             _add_bias_before(graph, node)
     tape = Tape()
     columns = op("MatMul", [weight, layer.last.inputs[0]], [width, count])
@@ -138,7 +136,7 @@ def _add_bias_before(graph: ir.Graph, node: ir.Node) -> None:
     tape, result = Tape(), node.outputs[0]
     added = tape.op("Add", node.inputs)
     added.shape, added.type = result.shape, result.type
-    kind = _BIASED[node.op_type]
+    kind = GELUS[node.op_type]
     take_place(result, tape.op(kind, [added], attributes=dict(node.attributes), domain="com.microsoft"))
     insert_before(graph, node, tape.nodes, f"{added.name or result.name}_bias")
     graph.remove(node, safe=True)

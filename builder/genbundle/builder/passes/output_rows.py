@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from genbundle.builder.passes.insertion import take_place
+from genbundle.builder.passes.tensors import sizes, when_read
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 
@@ -21,8 +22,9 @@ def keep_output_rows(model: ir.Model) -> bool:
             continue
         if not all(is_product(use.node, use.idx, graph) for use in uses):
             continue
-        value.const_value = _transposed(tensor, value.name or "weight")
-        value.shape = ir.Shape(_sides(tensor))
+        sides = sizes(tensor)[::-1]
+        value.const_value = when_read(tensor, _transposed, sides, value.name or "weight")
+        value.shape = ir.Shape(sides)
         for use in uses:
             multiply_by_rows(graph, use.node, value)
         modified = True
@@ -46,15 +48,5 @@ def multiply_by_rows(graph: ir.Graph, node: ir.Node, rows: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def _sides(tensor: ir.TensorProtocol) -> list[int]:
-    """The shape of the transpose."""
-    return [int(size) for size in tuple(tensor.shape)[::-1]]  # pyright: ignore[reportArgumentType]
-
-
-def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """A tensor that is transposed when it is read, so that no second copy of the model is ever in memory."""
-
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
-
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(_sides(tensor)), name=name)
+def _transposed(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T)

@@ -1,11 +1,14 @@
 """Pass: the gate and up projections of feed-forward layers as products of their own."""
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from genbundle.builder.passes.elementwise import EACH, GELUS, PAIRS
 from genbundle.builder.passes.insertion import take_place
+from genbundle.builder.passes.tensors import sizes, when_read
 
 
 def multiply_apart(model: ir.Model) -> bool:
@@ -18,16 +21,17 @@ def multiply_apart(model: ir.Model) -> bool:
     """
     modified = False
     for split in list(model.graph):
-        if split.op_type == "Split" and (sizes := _dealt_out(split)) is not None:
-            _separate(model.graph, split, sizes)
+        packed = _dealt_out(split) if split.op_type == "Split" else None
+        if packed is not None:
+            _separate(model.graph, split, *packed)
             modified = True
     if modified:
         RemoveUnusedNodesPass()(model)
     return modified
 
 
-def _dealt_out(split: ir.Node) -> list[int] | None:
-    """How many features each part has; None for a Split of anything but such a product."""
+def _dealt_out(split: ir.Node) -> tuple[ir.Node, list[int]] | None:
+    """The product, and how many features each part has; None for a Split of anything but such a product."""
     packed = split.inputs[0]
     product = None if packed is None else packed.producer()
     if packed is None or product is None or product.op_type != "MatMul" or product.graph is not split.graph:
@@ -35,7 +39,7 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
     weight, alone = product.inputs[1], len(packed.uses()) == 1 and not packed.is_graph_output()
     if weight is None or weight.const_value is None or not weight.is_initializer() or len(weight.uses()) != 1:
         return None
-    shape, rank = _sizes(weight.const_value), None if packed.shape is None else len(packed.shape)
+    shape, rank = sizes(weight.const_value), None if packed.shape is None else len(packed.shape)
     axis = split.attributes.get_int("axis", 0)
     if not alone or len(shape) != 2 or (axis != -1 and (rank is None or axis != rank - 1)):
         return None
@@ -44,52 +48,40 @@ def _dealt_out(split: ir.Node) -> list[int] | None:
     given = split.inputs[1] if len(split.inputs) > 1 else None
     if given is None:
         each, rest = divmod(shape[1], len(split.outputs))
-        return None if rest else [each] * len(split.outputs)
+        return None if rest else (product, [each] * len(split.outputs))
     constant = given.const_value if given.is_initializer() else None
-    sizes = [] if constant is None else [int(size) for size in constant.numpy()]
-    return sizes if sizes and all(sizes) else None
+    widths = [] if constant is None else [int(size) for size in constant.numpy()]
+    return (product, widths) if widths and all(widths) else None
 
 
 def _element_wise(part: ir.Value) -> bool:
     """Whether all that reads a value, or its sum with a bias, does the same to each of its numbers."""
     for node in (use.node for use in part.uses()):
         biased = node.op_type == "Add" and any(value is not None and value.is_initializer() for value in node.inputs)
-        if not (_element_wise(node.outputs[0]) if biased else node.op_type in EACH | PAIRS | GELUS):
+        if not (_element_wise(node.outputs[0]) if biased else node.op_type in {*EACH, *PAIRS, *GELUS}):
             return False
     return bool(part.uses()) and not part.is_graph_output()
 
 
-def _separate(graph: ir.Graph, split: ir.Node, sizes: list[int]) -> None:
-    product = split.inputs[0].producer() if split.inputs[0] is not None else None
-    assert product is not None
+def _separate(graph: ir.Graph, split: ir.Node, product: ir.Node, widths: list[int]) -> None:
     given, weight = product.inputs
     assert weight is not None and weight.const_value is not None
     begin = 0
-    for number, (part, size) in enumerate(zip(list(split.outputs), sizes, strict=True)):
+    for number, (part, width) in enumerate(zip(list(split.outputs), widths, strict=True)):
         name = f"{weight.name}_part_{number}"
         while name in graph.initializers:
             name += "_"
-        tensor = _columns(weight.const_value, begin, size, name)
+        columns = partial(_columns, begin=begin, end=begin + width)
+        tensor = when_read(weight.const_value, columns, (sizes(weight.const_value)[0], width), name)
         matrix = ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
         graph.register_initializer(matrix)
         node = ir.node("MatMul", [given, matrix])
         graph.insert_before(split, node)
         take_place(part, node.outputs[0])
-        begin += size
+        begin += width
     graph.remove([split, product], safe=True)
     del graph.initializers[weight.name or ""]
 
 
-def _columns(tensor: ir.TensorProtocol, begin: int, count: int, name: str) -> ir.LazyTensor:
-    """Columns of a tensor, copied when they are read."""
-
-    def compute() -> ir.TensorProtocol:
-        columns = tensor.numpy()[:, begin : begin + count]
-        return ir.tensor(np.ascontiguousarray(columns), dtype=tensor.dtype, name=name)
-
-    shape = ir.Shape((_sizes(tensor)[0], count))
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
-
-
-def _sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.shape)  # pyright: ignore[reportArgumentType]
+def _columns(array: np.ndarray, *, begin: int, end: int) -> np.ndarray:
+    return np.ascontiguousarray(array[:, begin:end])
