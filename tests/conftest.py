@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from genbundle.bundles import Bundle, open_bundle
 from genbundle.runtime import Model, load_bundle
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers on as many cores: tiny models' threads would only wait for one another (a fifth of a build's time).
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

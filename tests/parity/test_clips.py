@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
     ("name", "backend"),
     [
         ("Qwen2VLForConditionalGeneration", "cpu"),
-        ("Qwen2_5_VLForConditionalGeneration", "torch"),
+        pytest.param("Qwen2_5_VLForConditionalGeneration", "torch", marks=pytest.mark.long),
         ("Qwen3VLForConditionalGeneration", "torch"),
         ("LlavaOnevisionForConditionalGeneration", "torch"),
         ("VideoLlavaForConditionalGeneration", "torch"),

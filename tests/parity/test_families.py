@@ -16,23 +16,25 @@ from genbundle.bundles import InputError
 from genbundle.runtime.wiring import Wiring
 from tests.zoo import shrink
 
+# What another case or `make coverage` covers is for `pytest -m long`.
+LONG = pytest.mark.long
 # Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders;
 # sound beside text and pictures before it in one program; a generate inside another; a merge before an encoder.
 CASES = [
     ("Lfm2ForCausalLM", "cpu"),
-    ("Lfm2ForCausalLM", "torch"),
+    pytest.param("Lfm2ForCausalLM", "torch", marks=LONG),
     ("MambaForCausalLM", "torch"),
     ("DeepseekV32ForCausalLM", "torch"),
     # State in and out of a .pte: a fixed size, and an encoder's.
     ("MambaForCausalLM", "xnnpack"),
     ("MarianMTModel", "xnnpack"),
     # Rows computed from patches and blocks of them.
-    pytest.param("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack", marks=pytest.mark.long),
-    pytest.param("Dots3NoteForConditionalGeneration", "xnnpack", marks=pytest.mark.long),  # experts in its tower
-    ("DbrxForCausalLM", "xnnpack"),  # rows that a mask picks
+    pytest.param("HyperCLOVAXVisionV2ForConditionalGeneration", "xnnpack", marks=LONG),
+    pytest.param("Dots3NoteForConditionalGeneration", "xnnpack", marks=LONG),  # experts in its tower
+    pytest.param("DbrxForCausalLM", "xnnpack", marks=LONG),  # rows that a mask picks
     ("Llama4ForCausalLM", "xnnpack"),  # complex numbers
     # Pictures before an encoder, for programs of one sequence.
-    pytest.param("T5Gemma2ForConditionalGeneration", "xnnpack", marks=pytest.mark.long),
+    pytest.param("T5Gemma2ForConditionalGeneration", "xnnpack", marks=LONG),
     # Any object's tensors; memories and the last tokens; nothing but the tokens; padding that counts.
     ("MiniMaxForCausalLM", "torch"),
     ("XLNetLMHeadModel", "torch"),
@@ -40,37 +42,40 @@ CASES = [
     ("MoshiForCausalLM", "torch"),  # a window that its cache has and its mask hasn't
     ("MptForCausalLM", "cpu"),
     ("xLSTMForCausalLM", "torch"),
-    ("MarianMTModel", "cpu"),
+    pytest.param("MarianMTModel", "cpu", marks=LONG),
     ("EncoderDecoderModel", "cpu"),  # its encoder gives more than its decoder reads
-    ("T5ForConditionalGeneration", "torch"),
+    pytest.param("T5ForConditionalGeneration", "torch", marks=LONG),
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
-    ("ProphetNetForConditionalGeneration", "torch"),  # one token after a past, and that past as a number
+    # One token after a past, and that past as a number.
+    pytest.param("ProphetNetForConditionalGeneration", "torch", marks=LONG),
     ("PPFormulaNetForConditionalGeneration", "torch"),  # a cross-attention of another length than its encoder
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
     ("Qwen2_5_VLForConditionalGeneration", "cpu"),
-    ("PaddleOCRVLForConditionalGeneration", "torch"),
-    ("Mistral3ForConditionalGeneration", "cpu"),
+    pytest.param("PaddleOCRVLForConditionalGeneration", "torch", marks=LONG),
+    pytest.param("Mistral3ForConditionalGeneration", "cpu", marks=LONG),
     ("LlavaNextForConditionalGeneration", "torch"),
     ("Gemma3ForConditionalGeneration", "torch"),  # a mask made by vmap
     ("Qwen3_5ForConditionalGeneration", "torch"),  # pictures before a scan over the prompt
-    ("Gemma4UnifiedForConditionalGeneration", "torch"),
+    pytest.param("Gemma4UnifiedForConditionalGeneration", "torch", marks=LONG),
     # Branches on what a mask holds that change nothing where it holds nothing; loops over the experts that were chosen.
-    ("Ovis2ForConditionalGeneration", "torch"),
-    ("Lfm2VlForConditionalGeneration", "torch"),  # pictures as rows of patches, padded to one number
+    pytest.param("Ovis2ForConditionalGeneration", "torch", marks=LONG),
+    # Pictures as rows of patches, padded to one number.
+    pytest.param("Lfm2VlForConditionalGeneration", "torch", marks=LONG),
     ("DbrxForCausalLM", "torch"),
-    ("Qwen3OmniMoeThinkerForConditionalGeneration", "torch"),  # positions as floats
-    ("GlmAsrForConditionalGeneration", "torch"),
+    pytest.param("Qwen3OmniMoeThinkerForConditionalGeneration", "torch", marks=LONG),  # positions as floats
+    pytest.param("GlmAsrForConditionalGeneration", "torch", marks=LONG),
     ("GitForCausalLM", "cpu"),
-    ("Blip2ForConditionalGeneration", "torch"),
+    pytest.param("Blip2ForConditionalGeneration", "torch", marks=LONG),
     ("BlipForConditionalGeneration", "torch"),  # its generate changes the prompt's tokens, and a cache of two kinds
-    ("Kosmos2ForConditionalGeneration", "cpu"),  # a projector with attention of the decoder's config
+    # A projector with attention of the decoder's config.
+    pytest.param("Kosmos2ForConditionalGeneration", "cpu", marks=LONG),
     ("Florence2ForConditionalGeneration", "torch"),
     # Cross-attention to a picture beside the tokens' own.
-    ("IdeficsForVisionText2Text", "torch"),
+    pytest.param("IdeficsForVisionText2Text", "torch", marks=LONG),
     ("MllamaForConditionalGeneration", "torch"),
-    ("MllamaForCausalLM", "torch"),  # and none where there is no picture
+    pytest.param("MllamaForCausalLM", "torch", marks=LONG),  # and none where there is no picture
 ]
 pytestmark = pytest.mark.slow
 

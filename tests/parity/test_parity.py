@@ -258,7 +258,7 @@ def test_a_prompt_longer_than_a_chunk_and_a_cache_that_grows(tmp_path):
     bundle = load_bundle(build_bundle(model, None, "cpu", output=tmp_path / "bundle", progress=False).path)
     assert bundle.bundle.manifest.flow.chunk == 512
     inputs = {"input_ids": models.text_ids(700, seed=5)}
-    # Without an end the cache's buffers, which have room for 256 more, are copied on the way.
+    # The cache's buffers, which have room for some 70 more, are copied on the way.
     expected = eager(model, inputs, max_new_tokens=300, eos_token_id=None)
     found = bundle.generate(**arrays(inputs), max_new_tokens=300, eos_token_id=())
     np.testing.assert_array_equal(found.sequences, expected)

@@ -77,8 +77,15 @@ def test_a_tied_text_model_on_xnnpack(precision, divergence, share, bundle, tmp_
         model.generate(input_ids=np.array([[5, 200]]), max_new_tokens=2)
 
 
-@pytest.mark.parametrize(("precision", "bits", "divergence", "least"), [("int8", 8, 0.05, 0.8), ("int4", 4, 0.2, 0.6)])
-@pytest.mark.parametrize("name", ["llama_tied", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("name", "precision", "bits", "divergence", "least"),
+    [
+        ("llama_tied", "int8", 8, 0.05, 0.8),
+        ("gemma3_text", "int4", 4, 0.2, 0.6),
+        pytest.param("llama_tied", "int4", 4, 0.2, 0.6, marks=pytest.mark.long),
+        pytest.param("gemma3_text", "int8", 8, 0.05, 0.8, marks=pytest.mark.long),
+    ],
+)
 def test_text_models_on_torch(name, precision, bits, divergence, least, bundle, tmp_path):
     """Gemma's embedding is a kind of its own, which scales what it looks up."""
     whole, small = bundle(name, "torch"), built(name, "torch", tmp_path / "b", precision=precision)

@@ -290,10 +290,10 @@ def test_interrupt(tmp_path):
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    try:
-        process.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+    assert process.stdin is not None
+    process.stdin.write("x" * 2**20)  # more than a pipe holds: once this is written, it is being read
+    process.stdin.flush()
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.strip().endswith("genbundle: interrupted")

@@ -30,7 +30,7 @@ def test_a_buffer_keeps_what_was_written_when_it_grows(most):
         sizes.add(made.tensors["0.key"].shape[2])
     exact = made.exact("0.key", np.asarray)
     assert exact.shape == (1, 2, 905, 8) and (exact[0, 1, :, 3] == np.arange(905)).all()
-    assert len(sizes) < 5, "a copy for every few tokens"
+    assert len(sizes) < 900 / 60, "a copy for every few tokens"
     assert most is None or max(sizes) <= most
 
 

@@ -13,14 +13,17 @@ from genbundle.runtime.program import Tensor
 
 # Else other processes could be given it, for which the system keeps it as a file; Windows has no such choice.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_ROOM = 256  # tokens that a buffer has at least room for beyond those it was asked for
+_LEAST = 256  # the smallest room of those in few sizes
+# Attention over whole buffers takes as long for a place as for a token, and growing copies every token: where both are
+# weighed against each other, a buffer grows by about the root of its length, which this follows from 500 tokens to 30,000.
+_SPARE = 64
 
 
 class State:
     """The state of `batch` sequences: tensors by name, and how many tokens they have seen.
 
     Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand. What is
-    written in place is a buffer with room for more than `length`; it grows by halves, so that copying it stays cheap.
+    written in place is a buffer with room for more than `length`; it grows now and then, by little.
 
     most: how many tokens the sequences may get; None where that isn't known. capacity: how many any may get. least: how
     many they get at least, the prompt's, for which the first buffer has room: its pieces then find it large enough.
@@ -57,10 +60,10 @@ class State:
         needed = max(self.length + new, self._least)
         if self._rooms.get(name, self.length) < needed:
             if few_sizes:
-                room = max(_ROOM, 1 << (needed - 1).bit_length())
+                room = max(_LEAST, 1 << (needed - 1).bit_length())
                 room = room if self._capacity is None else max(needed, min(room, self._capacity))
             else:
-                room = max(needed + _ROOM, needed * 3 // 2)
+                room = needed + _SPARE + needed // _SPARE
                 room = room if self.most is None else max(needed, min(room, self.most))
             self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
             self._rooms[name] = room
