@@ -120,3 +120,10 @@ def test_what_is_larger_than_the_program_takes_is_refused():
     described = replace(entry(patches={"pieces": "ends"}, ends={"pieces": "offsets"}), largest={"rows": 3})
     inputs = {"patches": np.ones((5, 2)), "ends": np.array([0, 3, 5])}
     assert pieces.call(described, recording([]), inputs, np.asarray)["features"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("options", [{"pieces": "each"}, {"pieces": "offsets"}, {"equals": 1}, {"unread": True}])
+def test_inputs_that_are_dealt_out_or_looked_at_do_not_go_whole(options):
+    assert pieces.goes_whole(entry(patches={}, scale={"below": 5}))
+    assert not pieces.goes_whole(entry(patches={}, kinds=options))
+    assert not pieces.goes_whole(replace(entry(patches={}), largest={"rows": 3}))

@@ -31,6 +31,12 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     )
 
 
+def goes_whole(entry: ProgramEntry) -> bool:
+    """Whether all inputs go into one call as they are, whatever they are."""
+    asks = {"pieces", "equals", "unread"}
+    return not entry.largest and not any(item.source.options.keys() & asks for item in entry.inputs)
+
+
 def whole_shape(item: Input) -> tuple[int | str, ...]:
     """The shape of an input before it is divided between calls."""
     options = item.source.options

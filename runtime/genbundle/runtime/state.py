@@ -14,8 +14,8 @@ from genbundle.runtime.program import Tensor
 # Else other processes could be given it, for which the system keeps it as a file; Windows has no such choice.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _LEAST = 256  # the smallest room of those in few sizes
-# Attention over whole buffers takes as long for a place as for a token, and growing copies every token: where both are
-# weighed against each other, a buffer grows by about the root of its length, which this follows from 500 tokens to 30,000.
+# Attention over whole buffers takes as long for an empty place as for a token, and growing copies every token: a buffer
+# has this many places more than tokens, and one more for each so many of these.
 _SPARE = 64
 
 

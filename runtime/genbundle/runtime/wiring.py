@@ -47,6 +47,7 @@ class Wiring:
         self._written = {
             program.name: {item.source.name or "" for item in program.buffers} for program in manifest.programs
         }
+        self._whole = {program.name for program in manifest.programs if pieces.goes_whole(program)}
         self._to_room = {program.name for program in manifest.programs if program.attends_to_room}
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
@@ -122,6 +123,10 @@ class Wiring:
     def state_written(self, name: str) -> Collection[str]:
         """The state entries that a program writes in place."""
         return self._written[name]
+
+    def goes_whole(self, name: str) -> bool:
+        """Whether a program takes all its inputs in one call as they are."""
+        return name in self._whole
 
     def attends_to_room(self, name: str) -> bool:
         """Whether a program's mask is as long as its buffers."""
@@ -234,7 +239,10 @@ class _Call:
     def _run(self, name: str) -> None:
         backend, entry = self.wiring.backend, self.wiring.entry(name)
         feeds = {item.name: self._part(item, name) for item in entry.inputs if self._wanted(item)}
-        outputs = pieces.call(entry, backend.program(name), feeds, backend.to_numpy)
+        program = backend.program(name)
+        outputs = (
+            program(feeds) if self.wiring.goes_whole(name) else pieces.call(entry, program, feeds, backend.to_numpy)
+        )
         self.values.update(outputs)
         if "encoder" in entry.roles:
             self._check_placeholders(entry, outputs)
@@ -266,6 +274,8 @@ class _Call:
     def value(self, item: Input, program: str) -> Tensor:
         """The value of one program input."""
         source = item.source
+        if source.kind == "state":  # most are: two a layer
+            return self._state(item, program)
         if source.kind == "tokens":
             return _known_tokens(self.tokens, source)
         if source.kind == "mask":
@@ -274,8 +284,6 @@ class _Call:
             return self._positions(source).astype(numpy_dtype(item.dtype), copy=False)
         if source.kind == "start":
             return np.array([self.sequences.state.length], np.int64)
-        if source.kind == "state":
-            return self._state(item, program)
         if source.kind == "output":
             return self.values[source.name or ""]
         if source.kind == "prepared":
