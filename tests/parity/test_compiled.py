@@ -29,6 +29,15 @@ def cache(bundle_folder, monkeypatch):
     return bundle_folder / "cache" / "genbundle" / "compiled"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """Two, whatever the tests' worker has: what is compiled for one has no loops in parallel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def other_cache(tmp_path, monkeypatch):
     """An empty cache for one test."""

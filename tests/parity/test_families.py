@@ -16,7 +16,7 @@ from genbundle.bundles import InputError
 from genbundle.runtime.wiring import Wiring
 from tests.zoo import shrink
 
-# What another case or `make coverage` covers is for `pytest -m long`.
+# LONG: what other tests cover as well, if not on a whole model of that class.
 LONG = pytest.mark.long
 # Convolution states beside attention; a scan that goes token by token; an index for sparse attention; encoders;
 # sound beside text and pictures before it in one program; a generate inside another; a merge before an encoder.
@@ -44,17 +44,17 @@ CASES = [
     ("xLSTMForCausalLM", "torch"),
     pytest.param("MarianMTModel", "cpu", marks=LONG),
     ("EncoderDecoderModel", "cpu"),  # its encoder gives more than its decoder reads
-    pytest.param("T5ForConditionalGeneration", "torch", marks=LONG),
+    ("T5ForConditionalGeneration", "torch"),
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
     # One token after a past, and that past as a number.
-    pytest.param("ProphetNetForConditionalGeneration", "torch", marks=LONG),
+    ("ProphetNetForConditionalGeneration", "torch"),
     ("PPFormulaNetForConditionalGeneration", "torch"),  # a cross-attention of another length than its encoder
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
     ("Qwen2_5_VLForConditionalGeneration", "cpu"),
-    pytest.param("PaddleOCRVLForConditionalGeneration", "torch", marks=LONG),
-    pytest.param("Mistral3ForConditionalGeneration", "cpu", marks=LONG),
+    ("PaddleOCRVLForConditionalGeneration", "torch"),
+    ("Mistral3ForConditionalGeneration", "cpu"),
     ("LlavaNextForConditionalGeneration", "torch"),
     ("Gemma3ForConditionalGeneration", "torch"),  # a mask made by vmap
     ("Qwen3_5ForConditionalGeneration", "torch"),  # pictures before a scan over the prompt
@@ -62,15 +62,15 @@ CASES = [
     # Branches on what a mask holds that change nothing where it holds nothing; loops over the experts that were chosen.
     pytest.param("Ovis2ForConditionalGeneration", "torch", marks=LONG),
     # Pictures as rows of patches, padded to one number.
-    pytest.param("Lfm2VlForConditionalGeneration", "torch", marks=LONG),
+    ("Lfm2VlForConditionalGeneration", "torch"),
     ("DbrxForCausalLM", "torch"),
-    pytest.param("Qwen3OmniMoeThinkerForConditionalGeneration", "torch", marks=LONG),  # positions as floats
-    pytest.param("GlmAsrForConditionalGeneration", "torch", marks=LONG),
+    ("Qwen3OmniMoeThinkerForConditionalGeneration", "torch"),  # positions as floats
+    ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     pytest.param("Blip2ForConditionalGeneration", "torch", marks=LONG),
     ("BlipForConditionalGeneration", "torch"),  # its generate changes the prompt's tokens, and a cache of two kinds
     # A projector with attention of the decoder's config.
-    pytest.param("Kosmos2ForConditionalGeneration", "cpu", marks=LONG),
+    ("Kosmos2ForConditionalGeneration", "cpu"),
     ("Florence2ForConditionalGeneration", "torch"),
     # Cross-attention to a picture beside the tokens' own.
     pytest.param("IdeficsForVisionText2Text", "torch", marks=LONG),

@@ -91,7 +91,7 @@ def test_the_replay_goes_through_the_sessions_that_a_gpu_records(bundle, monkeyp
 
 
 def test_a_generation_that_outgrows_its_buffers(bundle, monkeypatch):
-    monkeypatch.setattr("genbundle.runtime.state._LEAST", 16)
+    monkeypatch.setattr("genbundle.runtime.state._SMALLEST_ROOM", 16)
     model, source = kept(bundle("llama", "cuda")), models.make("llama")
     expected = eager(source, ONE, max_new_tokens=60, eos_token_id=None)
     got = model.generate(**arrays(ONE), max_new_tokens=60, eos_token_id=())

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -291,10 +293,14 @@ def test_interrupt(tmp_path):
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdin is not None
-    process.stdin.write("x" * 2**20)  # more than a pipe holds: once this is written, it is being read
-    process.stdin.flush()
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    with suppress(BrokenPipeError):  # it ended before, and says why below
+        process.stdin.write("x" * 2**20)  # more than a pipe holds: once this is written, it is being read
+        process.stdin.flush()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
+    killer.cancel()
     assert process.returncode == 130
     assert err.strip().endswith("genbundle: interrupted")
     assert "Traceback" not in err

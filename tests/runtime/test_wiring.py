@@ -1,5 +1,6 @@
 """Prompts that go through a program token by token, with programs that compute nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,3 +129,17 @@ def test_a_step_that_fails_leaves_the_mask_as_it_was():
     backend.program = working
     flow.step(IDS[:, :1], sequences)
     assert sequences.mask.shape == (1, 6)
+
+
+@pytest.mark.parametrize(("options", "largest", "refusal"), [
+    ({"equals": 1}, {}, "takes prompts whose kinds is 1 throughout"),
+    ({}, {"kinds": 3}, "kinds: 5 along axis 1, the program 'first' takes at most 3"),
+])  # fmt: skip
+def test_what_a_program_looks_for_in_its_inputs_is_looked_for(options, largest, refusal):
+    source = Source(kind="user", name="kinds", options=options)
+    kinds = Input(name="kinds", dtype="int64", shape=("batch", "kinds"), source=source)
+    first = replace(program("first", ("batch", "sequence"), kinds), largest=largest)
+    flow, backend = wiring(("first", "token"), first, program("token", ("batch", 1)))
+    with pytest.raises(InputError, match=refusal):
+        flow.prompt({**TEXT, "kinds": IDS})
+    assert not backend.calls

@@ -20,6 +20,8 @@ from genbundle.bundles.manifest import Input
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime.program import Program, Tensor
 
+_NOT_FED = {"equals", "unread"}
+
 
 def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     """The inputs that go into a call, in the manifest's order."""
@@ -27,13 +29,13 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
         item.name
         for item in entry.inputs
         if item.source.options.get("pieces") not in ("offsets", "sizes", "mask", "grid")
-        and not item.source.options.keys() & {"equals", "unread"}
+        and not item.source.options.keys() & _NOT_FED
     )
 
 
 def goes_whole(entry: ProgramEntry) -> bool:
-    """Whether all inputs go into one call as they are, whatever they are."""
-    asks = {"pieces", "equals", "unread"}
+    """Whether all inputs go into one call as they are, so that `call` has nothing to look at."""
+    asks = _NOT_FED | {"pieces"}
     return not entry.largest and not any(item.source.options.keys() & asks for item in entry.inputs)
 
 
@@ -50,7 +52,8 @@ def whole_shape(item: Input) -> tuple[int | str, ...]:
 def call(
     entry: ProgramEntry, program: Program, inputs: Mapping[str, Tensor], to_numpy: Callable[[Tensor], np.ndarray]
 ) -> dict[str, Tensor]:
-    """Call `program` once, or once per piece with the outputs joined along their first symbolic axis.
+    """Call `program` once, or once per piece with the outputs joined along their first symbolic axis. Where
+    `goes_whole` it need not be asked: what is looked at here, that looks for.
 
     Raises InputError where an input isn't the one number that the program was made for, or is larger than it takes.
     """

@@ -13,9 +13,9 @@ from genbundle.runtime.program import Tensor
 
 # Else other processes could be given it, for which the system keeps it as a file; Windows has no such choice.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_LEAST = 256  # the smallest room of those in few sizes
-# Attention over whole buffers takes as long for an empty place as for a token, and growing copies every token: a buffer
-# has this many places more than tokens, and one more for each so many of these.
+_SMALLEST_ROOM = 256  # of buffers in few sizes
+# A buffer that grows has so many places more than tokens, and a 64th of these: a step that attends by products reads
+# every place (the builder's passes/step_attention.py), and growing copies every token.
 _SPARE = 64
 
 
@@ -60,10 +60,10 @@ class State:
         needed = max(self.length + new, self._least)
         if self._rooms.get(name, self.length) < needed:
             if few_sizes:
-                room = max(_LEAST, 1 << (needed - 1).bit_length())
+                room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
                 room = room if self._capacity is None else max(needed, min(room, self._capacity))
             else:
-                room = needed + _SPARE + needed // _SPARE
+                room = needed + max(new, _SPARE + needed // 64)
                 room = room if self.most is None else max(needed, min(room, self.most))
             self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
             self._rooms[name] = room
