@@ -35,6 +35,7 @@ def test_floors():
     [
         ({"precision": "int3"}, "precision 'int3' isn't available on 'cpu': it can fp32, int8, int4"),
         ({"precision": "encoder=int2"}, "precision 'int2' isn't available on 'cpu'"),
+        ({"precision": "encoder=int8, encoder=int4"}, "precision: the part 'encoder' is given twice"),
         ({"precision": {"tower": "int4"}}, "precision: unknown part 'tower': name some of language_model, encoder,"),
         ({"precision": "int4", "quality_floor": 2}, "quality_floor: expected a share from 0 to 1, got 2"),
     ],

@@ -76,7 +76,11 @@ def parse_precision(given: str | Mapping[str, str], backend: str) -> Precisions:
     """`"int4"`, `"language_model=int4,encoder=int8"` or the same as a mapping; BuildError for what `backend` can't."""
     if isinstance(given, str) and "=" in given:
         pairs = [pair.partition("=") for pair in given.split(",")]
-        given = {name.strip(): value.strip() for name, _, value in pairs}
+        names = [name.strip() for name, _, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise BuildError(f"precision: the part {twice!r} is given twice")
+        given = {name: value.strip() for name, (_, _, value) in zip(names, pairs, strict=True)}
     # A picture's encoder is small beside its language model, and rounding it costs more than it saves.
     named = {LANGUAGE_MODEL: given} if isinstance(given, str) else dict(given)
     for part, name in named.items():
