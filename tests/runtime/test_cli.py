@@ -11,6 +11,7 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -289,9 +290,10 @@ def test_disk_full_is_one_line(tmp_path, genbundle, monkeypatch):
 def test_interrupt(tmp_path):
     """Ctrl-C while the prompt is read from standard input."""
     command = [sys.executable, "-m", "genbundle.runtime.cli", "run", str(tmp_path), "-"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Whoever runs the tests in the background ignores the signal, which is inherited.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heard)
     assert process.stdin is not None
     killer = threading.Timer(60, process.kill)
     killer.start()
