@@ -12,7 +12,7 @@ from genbundle.bundles import Bundle, open_bundle
 from genbundle.runtime import Model, load_bundle
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several workers on as many cores: tiny models' threads would wait for one another (a fifth of a build's time).
+    # Several workers on as many cores: tiny models' threads would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -23,7 +23,7 @@ class State:
     """The state of `batch` sequences: tensors by name, and how many tokens they have seen.
 
     Programs that keep their state inside (a .pte) have no tensors here; `length` alone says where they stand. What is
-    written in place is a buffer with room for more than `length`; it grows now and then, by little.
+    written in place is a buffer with room for more than `length`; it grows by little (`_SPARE`).
 
     most: how many tokens the sequences may get; None where that isn't known. capacity: how many any may get. least: how
     many they get at least, the prompt's, for which the first buffer has room: its pieces then find it large enough.
