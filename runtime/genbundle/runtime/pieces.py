@@ -20,8 +20,6 @@ from genbundle.bundles.manifest import Input
 from genbundle.bundles.manifest import Program as ProgramEntry
 from genbundle.runtime.program import Program, Tensor
 
-_NOT_FED = {"equals", "unread"}
-
 
 def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
     """The inputs that go into a call, in the manifest's order."""
@@ -29,14 +27,8 @@ def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
         item.name
         for item in entry.inputs
         if item.source.options.get("pieces") not in ("offsets", "sizes", "mask", "grid")
-        and not item.source.options.keys() & _NOT_FED
+        and not item.source.options.keys() & {"equals", "unread"}
     )
-
-
-def goes_whole(entry: ProgramEntry) -> bool:
-    """Whether all inputs go into one call as they are, so that `call` has nothing to look at."""
-    asks = _NOT_FED | {"pieces"}
-    return not entry.largest and not any(item.source.options.keys() & asks for item in entry.inputs)
 
 
 def whole_shape(item: Input) -> tuple[int | str, ...]:
@@ -49,29 +41,34 @@ def whole_shape(item: Input) -> tuple[int | str, ...]:
     return ("pictures", *item.shape[1:]) if options.get("pieces") == "each" else item.shape
 
 
-def call(
-    entry: ProgramEntry, program: Program, inputs: Mapping[str, Tensor], to_numpy: Callable[[Tensor], np.ndarray]
-) -> dict[str, Tensor]:
-    """Call `program` once, or once per piece with the outputs joined along their first symbolic axis. Where
-    `goes_whole` it need not be asked: what is looked at here, that looks for.
+class Caller:
+    """Calls a program once, or once per piece with the outputs joined along their first symbolic axis. What its entry
+    says is looked up once, since a step has two inputs for each layer."""
 
-    Raises InputError where an input isn't the one number that the program was made for, or is larger than it takes.
-    """
-    for item in entry.inputs:
-        fixed = item.source.options.get("equals")
-        if fixed is not None and item.name in inputs and not (inputs[item.name] == fixed).all():
-            raise InputError(f"{item.name}: this bundle takes prompts whose {item.name} is {fixed} throughout")
-    names = taken_inputs(entry)
-    divided = {item.name: item.source.options for item in entry.inputs if item.source.options.get("pieces")}
-    if not divided:
-        return program(_expect_sizes(entry, {name: inputs[name] for name in names}))
-    results = [program(_expect_sizes(entry, part)) for part in _parts(names, divided, inputs)]
-    if not results:
-        raise InputError(f"the inputs of {entry.name!r} hold no picture")
-    if len(results) == 1:
-        return results[0]
-    axes = {out.name: next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs}
-    return {name: np.concatenate([to_numpy(part[name]) for part in results], axis) for name, axis in axes.items()}
+    def __init__(self, entry: ProgramEntry):
+        self._entry, self._names = entry, taken_inputs(entry)
+        options = {item.name: item.source.options for item in entry.inputs}
+        self._fixed = {name: each["equals"] for name, each in options.items() if each.get("equals") is not None}
+        self._divided = {name: each for name, each in options.items() if each.get("pieces")}
+
+    def __call__(
+        self, program: Program, inputs: Mapping[str, Tensor], to_numpy: Callable[[Tensor], np.ndarray]
+    ) -> dict[str, Tensor]:
+        """The outputs; InputError where an input isn't the one number that the program was made for, or is larger than
+        it takes."""
+        entry = self._entry
+        for name, fixed in self._fixed.items():
+            if name in inputs and not (inputs[name] == fixed).all():
+                raise InputError(f"{name}: this bundle takes prompts whose {name} is {fixed} throughout")
+        if not self._divided:
+            return program(_expect_sizes(entry, {name: inputs[name] for name in self._names}))
+        results = [program(_expect_sizes(entry, part)) for part in _parts(self._names, self._divided, inputs)]
+        if not results:
+            raise InputError(f"the inputs of {entry.name!r} hold no picture")
+        if len(results) == 1:
+            return results[0]
+        axes = {out.name: next((i for i, n in enumerate(out.shape) if isinstance(n, str)), 0) for out in entry.outputs}
+        return {name: np.concatenate([to_numpy(part[name]) for part in results], axis) for name, axis in axes.items()}
 
 
 def _expect_sizes(entry: ProgramEntry, part: dict[str, Tensor]) -> dict[str, Tensor]:

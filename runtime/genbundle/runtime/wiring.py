@@ -47,7 +47,7 @@ class Wiring:
         self._written = {
             program.name: {item.source.name or "" for item in program.buffers} for program in manifest.programs
         }
-        self._whole = {program.name for program in manifest.programs if pieces.goes_whole(program)}
+        self._callers = {program.name: pieces.Caller(program) for program in manifest.programs}
         self._to_room = {program.name for program in manifest.programs if program.attends_to_room}
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
@@ -124,9 +124,9 @@ class Wiring:
         """The state entries that a program writes in place."""
         return self._written[name]
 
-    def goes_whole(self, name: str) -> bool:
-        """Whether a program takes all its inputs in one call as they are."""
-        return name in self._whole
+    def caller(self, name: str) -> pieces.Caller:
+        """What calls a program."""
+        return self._callers[name]
 
     def attends_to_room(self, name: str) -> bool:
         """Whether a program's mask is as long as its buffers."""
@@ -239,10 +239,7 @@ class _Call:
     def _run(self, name: str) -> None:
         backend, entry = self.wiring.backend, self.wiring.entry(name)
         feeds = {item.name: self._part(item, name) for item in entry.inputs if self._wanted(item)}
-        program = backend.program(name)
-        outputs = (
-            program(feeds) if self.wiring.goes_whole(name) else pieces.call(entry, program, feeds, backend.to_numpy)
-        )
+        outputs = self.wiring.caller(name)(backend.program(name), feeds, backend.to_numpy)
         self.values.update(outputs)
         if "encoder" in entry.roles:
             self._check_placeholders(entry, outputs)
