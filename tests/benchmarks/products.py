@@ -1,12 +1,13 @@
-"""What a step's products by weights cost ONNX Runtime, and nothing else: python -m tests.benchmarks.products BUNDLE
+"""What a step's products by weights cost the engines, and nothing else: python -m tests.benchmarks.products BUNDLE
 
-The matrices of a `cpu` fp32 bundle, mapped, by one token each, in every form that a graph can give them: the floor
-under what a program does besides. The forms take turns in one process. Numbers are as they lie in the file: what a
-product reads is the same, whatever it means.
+The matrices of a `cpu` fp32 bundle by one token each: the floor under what a program does besides. ONNX Runtime reads
+them where they are mapped, in every form that a graph can give them; XNNPACK packs them first, its one form. All take
+turns in one process. Numbers are as they lie in the file: what a product reads is the same, whatever it means.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 
 from genbundle.runtime.backends.onnx_file import external_weights
 from tests.benchmarks.budgets import THREADS
@@ -61,8 +63,8 @@ def matrices(bundle: Path) -> list[np.ndarray]:
     return list(found.values())
 
 
-def prepared(form: Form, weights: list[np.ndarray]) -> tuple[Any, Any]:
-    """A session of all products, and its binding."""
+def onnx_products(form: Form, weights: list[np.ndarray]) -> Callable[[], Any]:
+    """All products as one session's run."""
     inputs, nodes, feeds = {}, [], {}
     for number, weight in enumerate(weights):
         n, k = weight.shape
@@ -86,7 +88,39 @@ def prepared(form: Form, weights: list[np.ndarray]) -> tuple[Any, Any]:
         binding.bind_ortvalue_input(name, value)
     for output in outputs:
         binding.bind_output(output.name)
-    return session, (binding, feeds)
+    return lambda kept=feeds: session.run_with_iobinding(binding)
+
+
+class Linears(torch.nn.Module):
+    """A product by each matrix, of the one of two tokens that fits it."""
+
+    def __init__(self, weights: list[np.ndarray]):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.nn.Parameter(torch.from_numpy(weight)) for weight in weights)
+
+    def forward(self, tokens: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """`[1, outputs]` for each, of tokens `[1, inputs]` by their inputs."""
+        return [torch.nn.functional.linear(tokens[str(weight.shape[1])], weight) for weight in self.weights]
+
+
+def xnnpack_products(weights: list[np.ndarray]) -> Callable[[], Any]:
+    """All products as one call of a program that XNNPACK takes whole."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import _portable_lib
+
+    tokens = {str(k): torch.full((1, k), 0.01) for k in sorted({weight.shape[1] for weight in weights})}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        exported = torch.export.export(Linears(weights).eval(), (tokens,))
+        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        path = Path(folder) / "products.pte"
+        with path.open("wb") as file:
+            lowered.to_executorch().write_to_file(file)
+        _portable_lib._unsafe_reset_threadpool(THREADS)
+        module = _portable_lib._load_for_executorch(str(path))
+        feeds = tuple(tokens.values())
+        module.run_method("forward", feeds)  # packs the matrices
+    return lambda: module.run_method("forward", feeds)
 
 
 def main() -> None:
@@ -95,13 +129,14 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     weights = matrices(parser.parse_args().bundle)
     size = sum(weight.nbytes for weight in weights)
-    sessions = {name: prepared(form, weights) for name, form in FORMS.items()}
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    products = {"XNNPACK, packed at opening": xnnpack_products(weights)}
+    products |= {name: onnx_products(form, weights) for name, form in FORMS.items()}
+    times: dict[str, list[float]] = {name: [] for name in products}
     for _ in range(TURNS):
-        for name, (session, (binding, _)) in sessions.items():
-            session.run_with_iobinding(binding)  # what the turn before left in the processor
+        for name, product in products.items():
+            product()  # what the turn before left in the processor
             started = time.perf_counter()
-            session.run_with_iobinding(binding)
+            product()
             times[name].append(time.perf_counter() - started)
     print(f"{len(weights)} matrices, {size / 1e9:.2f} GB")
     for name, seconds in times.items():
