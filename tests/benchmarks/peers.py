@@ -25,7 +25,7 @@ PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0", "ma
 CAPACITY = 4096
 CONTEXTS = (128, 900)
 LONG = 3900
-PROMPTS, TURNS, STEPS = 3, 24, 3  # three prompts, more of short ones
+PROMPTS, TURNS, STEPS = 6, 24, 3  # six prompts in a launch, more of short ones
 # What llama.cpp is compiled for: all that the processor says it has, as by default, but for AMX, whose registers
 # virtual machines may list and refuse: it ends with an illegal instruction then.
 CPU_FEATURES = {
