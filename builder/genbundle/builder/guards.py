@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ _LONGEST = 4096  # of the prompts whose lengths are tried one by one
 _BATCHES = (1, 2, 3)
 _PASTS = range(1, 1100)
 _NAMES = {"math": math, "torch": torch, "__builtins__": {"max": max, "min": min}}
+_SIZES = ("batch", "sequence", "past", "total", "capacity")  # what is known for a call: see _sizes
 _RUN = 1100  # tokens of the longest prompt that the module and its program are both run for
 
 
@@ -81,8 +82,8 @@ def expect_open(
     symbols = {symbol for item in axes.values() for symbol in item.values()}
     prompt = not symbols & {"past", "total", "capacity"} and "sequence" in symbols
     fewest, failing = (0, ""), []
-    for condition in _conditions(program, axes, longest):
-        failed = _failing(condition, symbols, prompt=prompt)
+    for condition in _conditions(program, axes):
+        failed = _failing(condition, symbols, longest, prompt=prompt)
         lengths = {sizes[1] for sizes in failed}
         if prompt and lengths and max(lengths) < _LONGEST // 2 and (longest is None or max(lengths) < longest):
             fewest = max(fewest, (max(lengths), condition.text))
@@ -96,44 +97,47 @@ def expect_open(
 
 
 class _Condition:
-    """One of the tracer's conditions on sizes, as Python.
+    """One of the tracer's conditions on sizes: `text` as the tracer has it, `expression` of a call's sizes by name."""
 
-    places: the sizes that it is on, by their names, or what they are fixed at.
-    """
-
-    def __init__(self, text: str, places: Mapping[tuple[str, int], str | int], longest: int | None):
-        self.text, self._places, self._longest = text, places, longest
-        self._code = compile(_SIZE.sub(lambda match: f"sizes['{match[1]}', {match[2]}]", text), "<condition>", "eval")
+    def __init__(self, text: str, expression: str):
+        self.text = text
+        self._value = eval(f"lambda {', '.join(_SIZES)}: {expression}", _NAMES)
 
     def holds(self, batch: int, new: int, past: int) -> bool | None:
-        """None where it is on something else than these sizes, or where nothing is so long."""
-        known = _sizes(batch, new, past)
-        sizes = {
-            place: symbol if isinstance(symbol, int) else known.get(symbol) for place, symbol in self._places.items()
-        }
-        if None in sizes.values() or (self._longest is not None and past + new > self._longest):
-            return None
+        """None where it is on something else than these sizes."""
         try:
-            return eval(self._code, {**_NAMES, "sizes": sizes})
+            return self._value(**_sizes(batch, new, past))
         except Exception:  # a condition on something else than sizes
             return None
 
 
-def _conditions(program: Any, axes: Axes, longest: int | None) -> Iterator[_Condition]:
+def _conditions(program: Any, axes: Axes) -> list[_Condition]:
+    """Those on sizes that are known for a call, each once: tracers write one for every input that has such a size."""
     shapes = {
         node.target: node.meta["val"].shape
         for node in program.graph.nodes
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
     }
+    found: dict[str, str] = {}
     for text in getattr(program, "_guards_code", None) or ():
-        places = {(name, int(axis)) for name, axis in _SIZE.findall(text)}
-        if all(name in shapes for name, _ in places):
-            named = {(name, axis): axes.get(name, {}).get(axis, shapes[name][axis]) for name, axis in places}
-            yield _Condition(text, named, longest)
+        if (expression := _expression(text, axes, shapes)) is not None:
+            found.setdefault(expression, text)
+    return [_Condition(text, expression) for expression, text in found.items()]
+
+
+def _expression(text: str, axes: Axes, shapes: Mapping[str, Sequence[Any]]) -> str | None:
+    """A condition with its sizes by name, or as numbers where they are fixed; None where one is neither."""
+    sizes: dict[tuple[str, int], str] = {}
+    for name, axis in ((name, int(axis)) for name, axis in _SIZE.findall(text)):
+        size = axes.get(name, {}).get(axis, shapes[name][axis] if name in shapes else None)
+        if not isinstance(size, int) and not (isinstance(size, str) and size in _SIZES):
+            return None
+        sizes[name, axis] = str(size)
+    return _SIZE.sub(lambda match: sizes[match[1], int(match[2])], text)
 
 
 def _sizes(batch: int, new: int, past: int) -> dict[str, int]:
-    return {"batch": batch, "sequence": new, "past": past, "total": past + new, "capacity": past + new}
+    return dict(zip(_SIZES, (batch, new, past, past + new, past + new), strict=True))
 
 
 def resized(sample: Mapping[str, torch.Tensor], axes: Axes, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -147,11 +151,14 @@ def resized(sample: Mapping[str, torch.Tensor], axes: Axes, sizes: Mapping[str, 
     return found
 
 
-def _failing(condition: _Condition, symbols: set[str], *, prompt: bool) -> list[tuple[int, int, int]]:
+def _failing(
+    condition: _Condition, symbols: set[str], longest: int | None, *, prompt: bool
+) -> list[tuple[int, int, int]]:
     """The sizes (batch, new, past) for which a condition fails: every length of a prompt, every past of a step."""
     batches = _BATCHES if "batch" in symbols else (1,)
     news = (1, 3, 65) if "sequence" in symbols else (1,)
     lengths = [(new, 0) for new in range(1, _LONGEST)] if prompt else [(n, past) for past in _PASTS for n in news]
+    lengths = [(new, past) for new, past in lengths if longest is None or past + new <= longest]
     failing = []
     for batch in batches:
         failed = [(batch, *each) for each in lengths if condition.holds(batch, *each) is False]
