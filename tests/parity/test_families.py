@@ -47,8 +47,10 @@ CASES = [
     ("T5ForConditionalGeneration", "torch"),
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
     # One token after a past, and that past as a number.
-    ("ProphetNetForConditionalGeneration", "torch"),
-    ("PPFormulaNetForConditionalGeneration", "torch"),  # a cross-attention of another length than its encoder
+    pytest.param("ProphetNetForConditionalGeneration", "torch", marks=LONG),
+    pytest.param(
+        "PPFormulaNetForConditionalGeneration", "torch", marks=LONG
+    ),  # a cross-attention of another length than its encoder
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
@@ -64,14 +66,14 @@ CASES = [
     # Pictures as rows of patches, padded to one number.
     ("Lfm2VlForConditionalGeneration", "torch"),
     ("DbrxForCausalLM", "torch"),
-    ("Qwen3OmniMoeThinkerForConditionalGeneration", "torch"),  # positions as floats
+    pytest.param("Qwen3OmniMoeThinkerForConditionalGeneration", "torch", marks=LONG),  # positions as floats
     ("GlmAsrForConditionalGeneration", "torch"),
     ("GitForCausalLM", "cpu"),
     pytest.param("Blip2ForConditionalGeneration", "torch", marks=LONG),
     ("BlipForConditionalGeneration", "torch"),  # its generate changes the prompt's tokens, and a cache of two kinds
     # A projector with attention of the decoder's config.
     ("Kosmos2ForConditionalGeneration", "cpu"),
-    ("Florence2ForConditionalGeneration", "torch"),
+    pytest.param("Florence2ForConditionalGeneration", "torch", marks=LONG),
     # Cross-attention to a picture beside the tokens' own.
     pytest.param("IdeficsForVisionText2Text", "torch", marks=LONG),
     ("MllamaForConditionalGeneration", "torch"),
