@@ -48,9 +48,8 @@ CASES = [
     ("Pix2StructForConditionalGeneration", "torch"),  # its decoder keeps nothing
     # One token after a past, and that past as a number.
     pytest.param("ProphetNetForConditionalGeneration", "torch", marks=LONG),
-    pytest.param(
-        "PPFormulaNetForConditionalGeneration", "torch", marks=LONG
-    ),  # a cross-attention of another length than its encoder
+    # A cross-attention of another length than its encoder.
+    pytest.param("PPFormulaNetForConditionalGeneration", "torch", marks=LONG),
     ("Pop2PianoForConditionalGeneration", "torch"),  # its own generate puts a style before the sound
     ("Speech2TextForConditionalGeneration", "torch"),
     # Windows among packed patches; grids read as numbers; pictures of their own sizes; tiles; rows without padding.
