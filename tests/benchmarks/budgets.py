@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def build(folder: str, backend: str, bundle: str, precision: str = "fp32", max_l
         output=bundle,
         max_length=int(max_length),
         precision=precision,
-        quality_floor=0.0,
+        quality_floor=None if precision == "fp32" else 0.0,
         progress=False,
     )
     facts = built.manifest.model
@@ -122,32 +122,47 @@ def runtime(bundle: str) -> Turn:
 
 
 def bare(bundle: str) -> Turn:
-    """The same step's program on fixed inputs that are bound once, nothing around it."""
-    import numpy as np
-    import onnxruntime
-
+    """The same step's program on fixed inputs, nothing around it."""
     from genbundle.runtime import load_bundle
 
-    session, seconds = load_bundle(bundle, threads=THREADS).backend.program("decode").session, 0.0
-    value, binding = onnxruntime.OrtValue.ortvalue_from_numpy, session.io_binding()
+    program, seconds = load_bundle(bundle, threads=THREADS).backend.program("decode"), 0.0
+    bound, run = (_bound_session, program.session) if hasattr(program, "session") else (_bound_method, program)
+    call = bound(run, CONTEXTS[0])
     while True:
         context = yield seconds
         if context:
-            context, kept = context + TURNS * STEPS // 2, {}
-            for item in session.get_inputs():
-                if item.name.startswith("past"):
-                    kept[item.name] = value(np.zeros((1, item.shape[1], context + 1, item.shape[3]), np.float32))
-                else:
-                    length = context + 1 if item.name == "attention_mask" else 1
-                    number = context if item.name == "position_ids" else 1
-                    kept[item.name] = value(np.full((1, length), number, np.int64))
-                binding.bind_ortvalue_input(item.name, kept[item.name])
-            for item in session.get_outputs():
-                past = item.name.replace("present", "past_key_values")
-                binding.bind_ortvalue_output(item.name, kept[past]) if past in kept else binding.bind_output(item.name)
+            call = bound(run, context + TURNS * STEPS // 2)
         started = time.perf_counter()
-        session.run_with_iobinding(binding)
+        call()
         seconds = time.perf_counter() - started
+
+
+def _bound_session(session: Any, context: int) -> Callable[[], Any]:
+    """A run of an ONNX step behind `context` tokens, with everything bound once."""
+    import numpy as np
+    import onnxruntime
+
+    value, binding, kept = onnxruntime.OrtValue.ortvalue_from_numpy, session.io_binding(), {}
+    for item in session.get_inputs():
+        if item.name.startswith("past"):
+            kept[item.name] = value(np.zeros((1, item.shape[1], context + 1, item.shape[3]), np.float32))
+        else:
+            length = context + 1 if item.name == "attention_mask" else 1
+            number = context if item.name == "position_ids" else 1
+            kept[item.name] = value(np.full((1, length), number, np.int64))
+        binding.bind_ortvalue_input(item.name, kept[item.name])
+    for item in session.get_outputs():
+        past = item.name.replace("present", "past_key_values")
+        binding.bind_ortvalue_output(item.name, kept[past]) if past in kept else binding.bind_output(item.name)
+    return lambda kept=kept: session.run_with_iobinding(binding)  # a binding doesn't keep numpy's memory
+
+
+def _bound_method(program: Any, context: int) -> Callable[[], Any]:
+    """The same of a .pte, which keeps the state itself."""
+    import torch
+
+    token, start = torch.full((1, 1), 7), torch.tensor([context])
+    return lambda: program._method.execute([token, start])
 
 
 def work(function: str, argument: str) -> None:
@@ -268,14 +283,18 @@ def main() -> None:
     rows = [("import genbundle.runtime, s", import_time()["seconds"], 0.25)]
     with tempfile.TemporaryDirectory() as temporary:
         root = options.keep or Path(temporary)
-        folder, bundles = root / "model", {name: root / f"{name}.bundle" for name in options.backends}
+        names = [*options.backends, *(f"{name}-int4" for name in options.backends if name != "torch")]
+        folder, bundles = root / "model", {name: root / f"{name}.bundle" for name in names}
         if not folder.exists():
             in_process("make_model", str(folder), options.size)
-        for backend, bundle in bundles.items():
+        for name, bundle in bundles.items():
             if bundle.exists():
                 continue
-            built = in_process("build", str(folder), backend, str(bundle))
-            print(backend, built, flush=True)
+            backend, _, precision = name.partition("-")
+            built = in_process("build", str(folder), backend, str(bundle), precision or "fp32")
+            print(name, built, flush=True)
+            if precision:
+                continue
             limit = 1.03 if backend != "xnnpack" else 1.30  # a .pte holds the tied embedding once more
             rows.append((f"{backend}: bytes over weights", built["bytes over weights"], limit))
             rows.append((f"{backend}: build's peak memory over the model's", built["peak over model"], 3.0))
@@ -292,19 +311,24 @@ def main() -> None:
 
 
 def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float, float]]:
-    """The bundles' steps over eager's, and the ONNX one's over a bare session's."""
+    """The bundles' steps over eager's, and over those of their bare programs."""
     workers = {"memory": Worker("bandwidth", ""), "eager": Worker("eager", str(folder))}
-    workers |= {name: Worker("runtime", str(bundle)) for name, bundle in bundles.items()}
-    if "cpu" in bundles:
-        workers["bare"] = Worker("bare", str(bundles["cpu"]))
+    for name, bundle in bundles.items():
+        workers[name] = Worker("runtime", str(bundle))
+        if not name.startswith("torch"):
+            workers[f"{name} bare"] = Worker("bare", str(bundle))
     rows = []
     for context in CONTEXTS:
         found = side_by_side(workers, context)
         speed = 2**30 / found["memory"] / 1e6
         print(f"context {context}, ms: {found}; memory {speed:.1f} GB/s", flush=True)
-        rows += [(f"{name}: step over eager at {context}", found[name] / found["eager"], 0.45) for name in bundles]
-        if "bare" in found:
-            rows.append((f"cpu: step over bare session.run at {context}", found["cpu"] / found["bare"], 1.03))
+        for name in bundles:
+            if not name.endswith("-int4"):
+                rows.append((f"{name}: step over eager at {context}", found[name] / found["eager"], 0.45))
+            if f"{name} bare" in found:
+                rows.append(
+                    (f"{name}: step over its program alone at {context}", found[name] / found[f"{name} bare"], 1.03)
+                )
     for worker in workers.values():
         worker.end()
     return rows

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from genbundle.builder import guards
 from genbundle.builder.exporting import _without_moves, to_exported_program
-from genbundle.builder.guards import HoldsFrom, largest
+from genbundle.builder.guards import HoldsFrom, expect_open, largest
 from genbundle.bundles import UnsupportedModelError
 
 AXES = {"input_ids": {0: "batch", 1: "sequence"}}
@@ -124,6 +125,43 @@ def test_a_condition_on_batch_and_length_together_is_seen():
     with pytest.raises(HoldsFrom) as error:
         to_exported_program(Product(20), {"input_ids": torch.ones(2, 31)}, AXES, 512)
     assert error.value.least == 20  # of a single sequence
+
+
+class Conditions(torch.nn.Module):
+    """A program of two inputs, with these conditions beside it."""
+
+    def __init__(self, *texts: str):
+        super().__init__()
+        self.graph = torch.export.export(Sum(), (SAMPLE["input_ids"],)).graph
+        for node in self.graph.nodes:
+            node.target = "input_ids" if node.op == "placeholder" else node.target
+        self._guards_code = texts
+
+
+@pytest.mark.parametrize(("text", "longest", "differs"), [
+    ("L['input_ids'].size()[0] != 1", None, False),  # tracers say so of any program
+    ("L['input_ids'].size()[0] != 1", 32, False),
+    ("L['input_ids'].size()[0] * L['input_ids'].size()[1] >= 64", 32, True),  # for one sequence too
+    ("L['input_ids'].size()[1] < 33", 32, False),  # never so long
+    ("L['input_ids'].size()[1] < 33", 33, True),
+    ("L['other'].size()[1] < 3", 33, False),  # on what isn't known for a call
+])  # fmt: skip
+def test_conditions_within_the_longest_length(text, longest, differs, monkeypatch):
+    monkeypatch.setattr(guards, "_same", lambda *_: False)
+    try:
+        expect_open(Conditions(text), Sum(), SAMPLE, AXES, longest, 1)
+    except UnsupportedModelError as error:
+        assert differs and type(error) is UnsupportedModelError
+    else:
+        assert not differs
+
+
+def test_a_condition_is_tried_once_however_often_it_is_written():
+    texts = [f"L['{name}'].size()[1] < 9" for name in ("input_ids", "attention_mask")]
+    shapes = {"input_ids": (2, 5), "attention_mask": (2, 5)}
+    axes = {"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}
+    assert {guards._expression(text, axes, shapes) for text in texts} == {"sequence < 9"}
+    assert guards._expression("L['input_ids'].size()[0] < 9", axes, shapes) == "2 < 9"
 
 
 class Reordered(torch.nn.Module):

@@ -38,6 +38,7 @@ def test_floors():
         ({"precision": "encoder=int8, encoder=int4"}, "precision: the part 'encoder' is given twice"),
         ({"precision": {"tower": "int4"}}, "precision: unknown part 'tower': name some of language_model, encoder,"),
         ({"precision": "int4", "quality_floor": 2}, "quality_floor: expected a share from 0 to 1, got 2"),
+        ({"quality_floor": 0.9}, "quality_floor: at fp32 every token has to be the model's own"),
     ],
 )
 def test_refused(arguments, message, tmp_path):

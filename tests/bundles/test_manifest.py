@@ -119,6 +119,11 @@ def change(path, value):
         (("model", "parameters"), 10**4000, "Expected a number of 64 bits, got one of 13288 - at `$.model.parameters`"),
         (("verification",), 2**63, "Expected a number of 64 bits, got one of 64 - at `$.verification`"),
         (
+            ("programs", 0, "inputs", 0, "source", "options"),
+            {"below": "x"},
+            "Expected a number of at least 1, got 'x' - at `$.programs[0].inputs[0].source.options.below`",
+        ),
+        (
             ("programs", 0, "inputs", 1, "source", "options"),
             {"inputs": 5},
             "Expected names of inputs, got 5 - at `$.programs[0].inputs[1].source.options`",

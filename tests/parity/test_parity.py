@@ -1,8 +1,10 @@
 """Finished bundles against `model.generate`: the same sequences for inputs that neither capture nor build saw."""
 
 import gc
+import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from genbundle.builder import build_bundle
-from genbundle.bundles import EngineError, InputError
+from genbundle.bundles import BundleError, EngineError, InputError
 from genbundle.runtime import load_bundle
 from tests.benchmarks import answers
 from tests.zoo import models
@@ -106,6 +108,37 @@ def test_stream_gives_the_same_tokens(backend, loaded):
     streamed = [chunk.token_id for chunk in bundle.stream(input_ids=ids, max_new_tokens=8)]
     assert streamed == whole.sequences[0, 9:].tolist()
     assert whole.timings.new_tokens == len(streamed)
+
+
+def test_what_a_streams_reader_does_is_no_time_of_the_loop(loaded):
+    ids = models.text_ids(9, seed=3).numpy()
+    timings = None
+    for chunk in loaded("qwen2", "cpu").stream(input_ids=ids, max_new_tokens=8, eos_token_id=()):
+        timings = chunk.timings
+        time.sleep(0.2)
+    assert timings.new_tokens == 8 and 0 < timings.overhead < timings.steps < 0.7  # of 1.4
+
+
+def test_streams_in_turns_keep_their_own_buffers(loaded):
+    """Also where these grow, and nothing of them is left afterwards."""
+    bundle = loaded("qwen2", "cpu")
+    prompts = [models.text_ids(length, seed=length).numpy() for length in (9, 5)]
+    options = {"max_new_tokens": 90, "eos_token_id": (), "do_sample": False}
+    expected = [bundle.generate(input_ids=ids, **options).sequences[0, ids.shape[1] :].tolist() for ids in prompts]
+    streams = [bundle.stream(input_ids=ids, **options) for ids in prompts]
+    taken = [[chunk.token_id for chunk in chunks] for chunks in zip(*streams, strict=True)]
+    assert [list(each) for each in zip(*taken, strict=True)] == expected
+    del streams
+    gc.collect()
+    assert not bundle.backend.program("decode")._bindings
+
+
+def test_buffers_that_the_program_does_not_write_are_refused(bundle, tmp_path):
+    made = shutil.copytree(bundle("qwen2", "cpu").path, tmp_path / "b")
+    text = (made / "manifest.json").read_text(encoding="utf-8")
+    (made / "manifest.json").write_text(text.replace('"present.0.key"', '"present.00.key"'), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"\.onnx: gives no present\.00\.key"):
+        load_bundle(made).generate(input_ids=[[5, 6]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

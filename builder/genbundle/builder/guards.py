@@ -158,13 +158,12 @@ def _failing(
     batches = _BATCHES if "batch" in symbols else (1,)
     news = (1, 3, 65) if "sequence" in symbols else (1,)
     lengths = [(new, 0) for new in range(1, _LONGEST)] if prompt else [(n, past) for past in _PASTS for n in news]
-    lengths = [(new, past) for new, past in lengths if longest is None or past + new <= longest]
     failing = []
     for batch in batches:
         failed = [(batch, *each) for each in lengths if condition.holds(batch, *each) is False]
-        # That one sequence isn't several is what the tracer says of any program.
+        # That one sequence isn't several, however long, is what the tracer says of any program.
         if not (batch == 1 < len(batches) and len(failed) == len(lengths)):
-            failing += failed
+            failing += [sizes for sizes in failed if longest is None or sum(sizes[1:]) <= longest]
     return failing
 
 

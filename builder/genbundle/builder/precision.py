@@ -53,8 +53,11 @@ class Precisions:
         return Precisions(encoders=dict.fromkeys(self.encoders, "fp32"))
 
     def floor(self, least: float | None) -> QualityFloor | None:
-        """What the bundle has to reach: the table's for the coarsest precision in it, or the agreement `least`."""
+        """What the bundle has to reach: the table's for the coarsest precision in it, or the agreement `least`; None at
+        float32, where no less than all will do (BuildError for a `least`)."""
         if not self.lossy:
+            if least is not None:
+                raise BuildError("quality_floor: at fp32 every token has to be the model's own; name a precision too")
             return None
         if least is not None:
             return QualityFloor(agreement=least)

@@ -148,11 +148,13 @@ def steps(
                 reasons[row] = "length"
         taken.append(tokens)
         clock.new_tokens += 1
-        clock.steps = time.perf_counter() - stepping
+        handed = time.perf_counter()
+        clock.steps = handed - stepping
         yield Step(tokens=tokens, logits=logits, finish_reasons=tuple(reasons))
         if all(reasons):
             return
         begun = time.perf_counter()
+        stepping += begun - handed  # what a stream's reader does meanwhile isn't the loop's time
         if length == wiring.manifest.flow.restart:
             logits, sequences = wiring.prompt(_whole(inputs, taken), most)
         else:

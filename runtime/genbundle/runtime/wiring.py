@@ -92,7 +92,8 @@ class Wiring:
         sequences = Sequences(state=state, mask=token_mask(inputs).astype(np.int64), inputs=kept)
         call = _Call(self, inputs, sequences, ids.astype(np.int64), first=True)
         with self._one_at_a_time:
-            self._running = sequences
+            if self._stateful:  # others' tensors would be kept for no use
+                self._running = sequences
             return call.run(route.programs, by_token=route.one_by_one and len(route.programs) > 1), sequences
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:

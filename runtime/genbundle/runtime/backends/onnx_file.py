@@ -94,6 +94,8 @@ def _each(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     place = 0
     while place < len(message):
         tag, place = _number(message, place)
+        if not 8 <= tag < 2**32:  # readers differ in what they take such for: another field, or none
+            raise ValueError(f"a field of the number {tag >> 3}")
         wire, size = tag & 7, 0
         if wire == 0:
             value, place = _number(message, place)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -97,6 +98,7 @@ class OnnxRuntimeBackend:
             session = self._session(entry, scales)
             if scales is not None:
                 scales.give_back()
+            self._check_outputs(session, entry)
             return OnnxProgram(ort, session, name, self.device, entry.in_place)
         from genbundle.runtime.backends.onnx_steps import (
             FixedSteps,
@@ -106,8 +108,10 @@ class OnnxRuntimeBackend:
         steps = None
         if has_fixed_steps(entry):
             steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._buffers)
+        session = self._session(entry, self._weights)
+        self._check_outputs(session, entry)
         kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
-        return OnnxProgram(ort, self._session(entry, self._weights), name, self.device, entry.in_place, **kept)
+        return OnnxProgram(ort, session, name, self.device, entry.in_place, **kept)
 
     def _session(
         self, entry: Program, weights: DeviceWeights | ScalesOfBlocks | None, sizes: "Sizes | None" = None
@@ -158,6 +162,12 @@ class OnnxRuntimeBackend:
             # be made in every step, and kept.
             options.enable_mem_pattern = False
         return options
+
+    def _check_outputs(self, session: Any, entry: Program) -> None:
+        """BundleError where the manifest has outputs that the program lacks: their buffers would stay as they are."""
+        missing = {output.name for output in entry.outputs} - {output.name for output in session.get_outputs()}
+        if missing:
+            raise BundleError(f"{self._bundle.file(entry.file)}: gives no {', '.join(sorted(missing))}, as it should")
 
     def _check_files(self, program: str) -> None:
         """BundleError for a program that reads a file which the manifest doesn't list, wherever it is."""
@@ -210,6 +220,10 @@ class OnnxProgram:
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
         self._buffers, self._steps, self._lock = buffers, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]
+        self._new = [name for name in self.outputs if name not in in_place]
+        self._buffer_names = set(in_place.values())
+        # By the first of the buffers, with which a binding ends.
+        self._bindings: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the program."""
@@ -226,20 +240,35 @@ class OnnxProgram:
             inputs = {**inputs, **{name: self._buffers.take(name, array) for name, array in fresh.items()}}
         if self._steps is not None and (done := self._steps(inputs)) is not None:
             return done
-        binding = self.session.io_binding()
         given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
-        for name, tensor in given.items():
-            binding.bind_ortvalue_input(name, tensor)
         written = {name: given[source] for name, source in self._in_place.items()}
+        binding = self._binding(written)
+        for name in given.keys() - self._buffer_names:
+            binding.bind_ortvalue_input(name, given[name])
         # Unbound outputs come back to the CPU: state would cross the bus twice a step.
-        for name in self.outputs:
-            if name in written:
-                binding.bind_ortvalue_output(name, written[name])
-            else:
-                binding.bind_output(name, self._device)
+        for name in self._new:
+            binding.bind_output(name, self._device)
         self.session.run_with_iobinding(binding)
-        # What was bound as an output comes back as another handle, which doesn't keep a numpy array's memory.
-        return dict(zip(self.outputs, binding.get_outputs(), strict=True)) | written
+        # Each a handle of its own, which outlives the binding's. What was bound as an output would come back as a
+        # handle that doesn't keep a numpy array's memory.
+        found = binding.get_outputs_as_ortvaluevector()
+        return written | {name: self._value(found[len(written) + place]) for place, name in enumerate(self._new)}
+
+    def _binding(self, written: Mapping[str, Any]) -> Any:
+        """A binding that has the buffers, each as input and output, and before all other outputs. As long as they are
+        the same, so is the binding: there are two for each layer."""
+        buffers = list(written.values())
+        binding, others = self._bindings.get(buffers[0], (None, [])) if buffers else (None, [])
+        if binding is None or any(one is not other for one, other in zip(buffers[1:], others, strict=True)):
+            binding = self.session.io_binding()
+            for name, buffer in written.items():
+                # Another handle: a binding keeps those that it is given, and would outlive the sequences with them.
+                same = self._value(buffer._get_c_value())
+                binding.bind_ortvalue_input(self._in_place[name], same)
+                binding.bind_ortvalue_output(name, same)
+            if buffers:
+                self._bindings[buffers[0]] = binding, buffers[1:]
+        return binding
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):
