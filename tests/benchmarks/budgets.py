@@ -325,10 +325,8 @@ def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float
         for name in bundles:
             if not name.endswith("-int4"):
                 rows.append((f"{name}: step over eager at {context}", found[name] / found["eager"], 0.45))
-            if f"{name} bare" in found:
-                rows.append(
-                    (f"{name}: step over its program alone at {context}", found[name] / found[f"{name} bare"], 1.03)
-                )
+            if (alone := found.get(f"{name} bare")) is not None:
+                rows.append((f"{name}: step over its program alone at {context}", found[name] / alone, 1.03))
     for worker in workers.values():
         worker.end()
     return rows
