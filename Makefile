@@ -33,10 +33,11 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The budgets, then the same shape beside llama.cpp and ONNX Runtime GenAI (compiled and installed into an environment of
-# their own, ten minutes the first time), then memory.
+# their own, ten minutes the first time), the products by weights alone, memory. About an hour.
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.budgets --keep $(BENCH_FOLDER) $(BENCH_ARGS)
 	$(BIN)/python -m tests.benchmarks.peers $(BENCH_FOLDER) --long --plot $(BENCH_FOLDER)/benchmarks.svg
+	$(BIN)/python -m tests.benchmarks.products $(BENCH_FOLDER)/cpu-4096.bundle
 	$(BIN)/python -m tests.benchmarks.memory $(BENCH_FOLDER)
 
 coverage: $(STAMP)

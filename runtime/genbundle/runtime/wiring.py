@@ -44,9 +44,11 @@ class Wiring:
             program.name: {output.name: output.state for output in program.outputs if output.state is not None}
             for program in manifest.programs
         }
-        self._written = {
-            program.name: {item.source.name or "" for item in program.buffers} for program in manifest.programs
+        self._buffers = {
+            program.name: {item.name: item.source.name or "" for item in program.buffers}
+            for program in manifest.programs
         }
+        self._written = {name: set(buffers.values()) for name, buffers in self._buffers.items()}
         self._callers = {program.name: pieces.Caller(program) for program in manifest.programs}
         self._to_room = {program.name for program in manifest.programs if program.attends_to_room}
         self.routes = Routes(manifest)
@@ -120,6 +122,10 @@ class Wiring:
     def state_outputs(self, name: str) -> Mapping[str, str]:
         """A program's outputs that replace state, with the state entry's name."""
         return self._states[name]
+
+    def buffers(self, name: str) -> Mapping[str, str]:
+        """A program's inputs of state that it writes in place, with the state entry's name."""
+        return self._buffers[name]
 
     def state_written(self, name: str) -> Collection[str]:
         """The state entries that a program writes in place."""
@@ -239,7 +245,9 @@ class _Call:
 
     def _run(self, name: str) -> None:
         backend, entry = self.wiring.backend, self.wiring.entry(name)
-        feeds = {item.name: self._part(item, name) for item in entry.inputs if self._wanted(item)}
+        buffers = self._buffers(name)
+        others = (item for item in entry.inputs if item.name not in buffers and self._wanted(item))
+        feeds = {**buffers, **{item.name: self._part(item, name) for item in others}}
         outputs = self.wiring.caller(name)(backend.program(name), feeds, backend.to_numpy)
         self.values.update(outputs)
         if "encoder" in entry.roles:
@@ -272,8 +280,8 @@ class _Call:
     def value(self, item: Input, program: str) -> Tensor:
         """The value of one program input."""
         source = item.source
-        if source.kind == "state":  # most are: two a layer
-            return self._state(item, program)
+        if source.kind == "state":
+            return self.sequences.state.exact(source.name or "", self.wiring.backend.to_numpy)
         if source.kind == "tokens":
             return _known_tokens(self.tokens, source)
         if source.kind == "mask":
@@ -295,17 +303,15 @@ class _Call:
         mask = self.sequences.mask
         if CAPACITY not in item.shape:
             return mask
-        buffer = self.wiring.entry(program).buffers[0]
-        self._state(buffer, program)
-        room = self.sequences.state.room(buffer.source.name or "")
+        room = self.sequences.state.room(next(iter(self.wiring.buffers(program).values())))
         return np.pad(mask, ((0, 0), (0, room - mask.shape[1])))
 
-    def _state(self, item: Input, program: str) -> Tensor:
-        state, name, to_numpy = self.sequences.state, item.source.name or "", self.wiring.backend.to_numpy
-        if CAPACITY not in item.shape:
-            return state.exact(name, to_numpy)
-        few = self.wiring.attends_to_room(program)
-        return state.buffer(name, self.tokens.shape[1], to_numpy, few_sizes=few)
+    def _buffers(self, program: str) -> dict[str, Tensor]:
+        """What a program writes in place, by input. There are two a layer, of which nothing else is to be asked."""
+        new, to_numpy = self.tokens.shape[1], self.wiring.backend.to_numpy
+        buffer, few = self.sequences.state.buffer, self.wiring.attends_to_room(program)
+        names = self.wiring.buffers(program).items()
+        return {name: buffer(entry, new, to_numpy, few_sizes=few) for name, entry in names}
 
     def _wanted(self, item: Input) -> bool:
         options = item.source.options
