@@ -1,6 +1,6 @@
 """Measure the budgets side by side in one run: python -m tests.benchmarks.budgets [--size full|small] [--backends ...]
 
-What is timed (memory bandwidth, eager, a bare session, each bundle) runs in a process of its own, and they take turns,
+What is timed (memory bandwidth, eager, each bundle) runs in a process of its own, and they take turns,
 a few steps each: a machine whose speed changes from minute to minute changes it for all of them. Figures are medians
 over the turns, and what counts is the ratio. The shape is Qwen2-0.5B's with random weights (2.0 GB in float32), as the
 peers are timed on; speed doesn't depend on the weights.
@@ -13,13 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from typing import Any
 
 CONTEXTS = (128, 900)
 TURNS, STEPS = 30, 4  # with a context of 900 as many as the bundles' 1,024 tokens allow
 THREADS = 2
+# Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
+# its own, isn't counted either.
+PAUSE = 0.2
 SHAPES = {
     "full": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936},
@@ -98,8 +101,13 @@ def eager(folder: str) -> Turn:
         past, seconds = output.past_key_values, time.perf_counter() - started
 
 
+ALONE = -1
+"""What the runtime's worker is sent for a step of the program alone."""
+
+
 def runtime(bundle: str) -> Turn:
-    """The runtime's loop over a bundle's programs."""
+    """The runtime's loop over a bundle's programs; the step's alone on fixed inputs, nothing around it, for ALONE. Both
+    in one process: what an engine copies lies elsewhere in each, and is read faster or slower for that."""
     import numpy as np
 
     from genbundle.runtime import load_bundle
@@ -109,43 +117,32 @@ def runtime(bundle: str) -> Turn:
     for entry in model.bundle.manifest.programs:
         model.backend.program(entry.name)  # opened at its first call otherwise
     seconds, stream = time.perf_counter() - started, iter(())
-    rng = np.random.default_rng(0)
+    rng, program, alone = np.random.default_rng(0), model.backend.program(model.bundle.manifest.flow.step[-1]), None
     while True:
         context = yield seconds
-        if context:
+        if context > 0:
             count = 2 + TURNS * STEPS
-            ids = rng.integers(5, 1900, (1, context))
-            stream = model.stream(input_ids=ids, max_new_tokens=count, min_new_tokens=count)
+            ids, alone = rng.integers(5, 1900, (1, context)), None
+            stream = model.stream(input_ids=ids, max_new_tokens=count, eos_token_id=())
+            last = context
+        elif context == ALONE and alone is None:
+            alone = _bound_session(program, last) if hasattr(program, "session") else _bound_method(program, last)
         started = time.perf_counter()
-        next(stream)
+        alone() if context == ALONE else next(stream)
         seconds = time.perf_counter() - started
 
 
-def bare(bundle: str) -> Turn:
-    """The same step's program on fixed inputs, nothing around it."""
-    from genbundle.runtime import load_bundle
-
-    program, seconds = load_bundle(bundle, threads=THREADS).backend.program("decode"), 0.0
-    bound, run = (_bound_session, program.session) if hasattr(program, "session") else (_bound_method, program)
-    call = bound(run, CONTEXTS[0])
-    while True:
-        context = yield seconds
-        if context:
-            call = bound(run, context + TURNS * STEPS // 2)
-        started = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - started
-
-
-def _bound_session(session: Any, context: int) -> Callable[[], Any]:
-    """A run of an ONNX step behind `context` tokens, with everything bound once."""
+def _bound_session(program: Any, context: int) -> Callable[[], Any]:
+    """A run of an ONNX step in the middle of those behind `context` tokens, with everything bound once."""
     import numpy as np
     import onnxruntime
 
+    session, context = program.session, context + TURNS * STEPS // 2
     value, binding, kept = onnxruntime.OrtValue.ortvalue_from_numpy, session.io_binding(), {}
     for item in session.get_inputs():
         if item.name.startswith("past"):
-            kept[item.name] = value(np.zeros((1, item.shape[1], context + 1, item.shape[3]), np.float32))
+            # Written once: zeros that nobody wrote are one page of the system's, read from the processor's caches.
+            kept[item.name] = value(np.full((1, item.shape[1], context + 1, item.shape[3]), 0.01, np.float32))
         else:
             length = context + 1 if item.name == "attention_mask" else 1
             number = context if item.name == "position_ids" else 1
@@ -161,6 +158,7 @@ def _bound_method(program: Any, context: int) -> Callable[[], Any]:
     """The same of a .pte, which keeps the state itself."""
     import torch
 
+    # It writes over one of the loop's tokens, which changes what the loop says and not how long it takes.
     token, start = torch.full((1, 1), 7), torch.tensor([context])
     return lambda: program._method.execute([token, start])
 
@@ -205,15 +203,20 @@ def peak_bytes(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
-def side_by_side(workers: dict[str, Worker], context: int) -> dict[str, float]:
-    """Median milliseconds per step after a prompt of `context` tokens, all taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in workers}
+def side_by_side(workers: dict[str, Worker], alone: Collection[str], context: int) -> dict[str, float]:
+    """Median milliseconds per step after a prompt of `context` tokens, all taking turns; of the program alone too for
+    the bundles in `alone`."""
+    times: dict[str, list[float]] = {}
     for worker in workers.values():
         worker.step(context)
-        worker.step()
     for _ in range(TURNS):
         for name, worker in workers.items():
-            times[name] += [worker.step() for _ in range(STEPS)]
+            time.sleep(PAUSE)
+            worker.step()
+            times.setdefault(name, []).extend(worker.step() for _ in range(STEPS - 1))
+            if name in alone:
+                worker.step(ALONE)
+                times.setdefault(f"{name} alone", []).extend(worker.step(ALONE) for _ in range(STEPS - 1))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -313,20 +316,19 @@ def main() -> None:
 def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float, float]]:
     """The bundles' steps over eager's, and over those of their bare programs."""
     workers = {"memory": Worker("bandwidth", ""), "eager": Worker("eager", str(folder))}
-    for name, bundle in bundles.items():
-        workers[name] = Worker("runtime", str(bundle))
-        if not name.startswith("torch"):
-            workers[f"{name} bare"] = Worker("bare", str(bundle))
+    workers |= {name: Worker("runtime", str(bundle)) for name, bundle in bundles.items()}
+    alone = [name for name in bundles if not name.startswith("torch")]
     rows = []
     for context in CONTEXTS:
-        found = side_by_side(workers, context)
+        found = side_by_side(workers, alone, context)
         speed = 2**30 / found["memory"] / 1e6
         print(f"context {context}, ms: {found}; memory {speed:.1f} GB/s", flush=True)
         for name in bundles:
             if not name.endswith("-int4"):
                 rows.append((f"{name}: step over eager at {context}", found[name] / found["eager"], 0.45))
-            if (alone := found.get(f"{name} bare")) is not None:
-                rows.append((f"{name}: step over its program alone at {context}", found[name] / alone, 1.03))
+            if name in alone:
+                ratio = found[name] / found[f"{name} alone"]
+                rows.append((f"{name}: step over its program alone at {context}", ratio, 1.03))
     for worker in workers.values():
         worker.end()
     return rows

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.budgets import Worker, in_process
+from tests.benchmarks.budgets import PAUSE, Worker, in_process
 
 PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "onnxruntime-genai==0.18.0", "matplotlib")
 CAPACITY = 4096
@@ -42,9 +42,6 @@ CPU_FEATURES = {
     "sse4_2": "SSE42",
 }
 LAUNCHES = 2  # how fast a process reads its memory depends on where the system placed it
-# Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
-# its own, isn't counted either.
-PAUSE = 0.2
 BUNDLES = {  # name -> backend, precision
     "cpu": ("cpu", "fp32"),
     "cpu-int4": ("cpu", "int4"),

@@ -121,7 +121,7 @@ def change(path, value):
         (
             ("programs", 0, "inputs", 0, "source", "options"),
             {"below": "x"},
-            "Expected a number of at least 1, got 'x' - at `$.programs[0].inputs[0].source.options.below`",
+            "Expected a number, got 'x' - at `$.programs[0].inputs[0].source.options.below`",
         ),
         (
             ("programs", 0, "inputs", 1, "source", "options"),

@@ -34,12 +34,29 @@ def test_a_buffer_keeps_what_was_written_when_it_grows(most):
     assert most is None or max(sizes) == most
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_is_kept_of_a_buffer_is_a_copy(heads):
+    """Of one head the first tokens lie in one piece, and the engine's tensor that they are read from goes."""
+    made = state.State((State(name="0.key", dtype="float32", shape=("batch", heads, CAPACITY, 8), axis=2),), 1)
+    written(made, 9)
+    buffer = made.tensors["0.key"]
+    exact = made.exact("0.key", np.asarray)
+    made.cut(5, np.asarray)
+    assert not np.shares_memory(exact, buffer) and not np.shares_memory(made.tensors["0.key"], buffer)
+
+
 def test_large_parts_in_a_row_are_not_a_copy_each():
     made, sizes = state.State((ENTRY,), 1), set()
     for _ in range(16):
         written(made, 512)
         sizes.add(made.tensors["0.key"].shape[2])
     assert len(sizes) <= 8 and made.exact("0.key", np.asarray)[0, 0, :, 0].tolist() == list(range(8192))
+
+
+def test_a_prompt_in_pieces_leaves_no_more_room_than_a_whole_one():
+    made = state.State((ENTRY,), 1, 5000, least=1000)
+    written(made, 500)
+    assert 1000 < made.tensors["0.key"].shape[2] < 1100
 
 
 def test_a_buffer_begins_with_what_a_program_for_prompts_gave():

@@ -110,10 +110,9 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
         read = item.source.options.get("inputs", [])
         if not isinstance(read, list) or not all(isinstance(name, str) for name in read):
             raise BundleError(f"Expected names of inputs, got {read!r} - at `{path}.inputs[{index}].source.options`")
-        for option in ("below", "merge"):
-            number, place = item.source.options.get(option), f"{path}.inputs[{index}].source.options.{option}"
-            if number is not None and (type(number) is not int or number < 1):
-                raise BundleError(f"Expected a number of at least 1, got {number!r} - at `{place}`")
+        below = item.source.options.get("below")
+        if below is not None and type(below) is not int:
+            raise BundleError(f"Expected a number, got {below!r} - at `{path}.inputs[{index}].source.options.below`")
         if item.source.kind == "constant" and item.source.value is None:
             raise BundleError(f"Missing field `value` - at `{path}.inputs[{index}].source`")
         names = {other.name for other in program.inputs}

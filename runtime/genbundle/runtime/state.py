@@ -63,7 +63,8 @@ class State:
                 room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
                 room = room if self._capacity is None else max(needed, min(room, self._capacity))
             else:
-                room = needed + max(new, _SPARE + needed // 64)
+                more = new if needed > self._least else 0  # behind the prompt's last piece come single tokens
+                room = needed + max(more, _SPARE + needed // 64)
                 room = room if self.most is None else max(needed, min(room, self.most))
             self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
             self._rooms[name] = room
@@ -89,7 +90,8 @@ class State:
 
     def _first(self, name: str, length: int, to_numpy: Callable[[Tensor], np.ndarray]) -> np.ndarray:
         kept = (slice(None),) * self._axes[name] + (slice(length),)
-        return np.ascontiguousarray(to_numpy(self.tensors[name])[kept])
+        # A copy always: one of a single head would be a view, which keeps no engine's tensor alive.
+        return np.array(to_numpy(self.tensors[name])[kept], order="C")
 
 
 def _grown(array: np.ndarray, axis: int, size: int, length: int) -> np.ndarray:

@@ -256,8 +256,9 @@ class OnnxProgram:
 
     def _binding(self, written: Mapping[str, Any]) -> Any:
         """A binding that has the buffers, each as input and output, and before all other outputs. As long as they are
-        the same, so is the binding: there are two for each layer."""
-        buffers = list(written.values())
+        the same, so is the binding: there are two for each layer. On a GPU an input that an operator on the CPU reads
+        is copied when it is bound, so that it must be bound for each call."""
+        buffers = list(written.values()) if self._device == "cpu" else []
         binding, others = self._bindings.get(buffers[0], (None, [])) if buffers else (None, [])
         if binding is None or any(one is not other for one, other in zip(buffers[1:], others, strict=True)):
             binding = self.session.io_binding()
