@@ -1,9 +1,9 @@
 """Measure the budgets side by side in one run: python -m tests.benchmarks.budgets [--size full|small] [--backends ...]
 
-What is timed (memory bandwidth, eager, each bundle) runs in a process of its own, and they take turns,
-a few steps each: a machine whose speed changes from minute to minute changes it for all of them. Figures are medians
-over the turns, and what counts is the ratio. The shape is Qwen2-0.5B's with random weights (2.0 GB in float32), as the
-peers are timed on; speed doesn't depend on the weights.
+What is timed (memory bandwidth, eager, each bundle) runs in a process of its own, and they take turns, a few steps
+each: a machine whose speed changes from minute to minute changes it for all of them. Figures are medians over the
+turns, and what counts is the ratio. The shape is Qwen2-0.5B's with random weights (2.0 GB in float32), as the peers are
+timed on; speed doesn't depend on the weights.
 """
 
 import argparse
@@ -23,6 +23,7 @@ THREADS = 2
 # Threads of the one whose turn ended wait for more work in a loop for a while; its successor's first step, which wakes
 # its own, isn't counted either.
 PAUSE = 0.2
+LOOPS = ("cpu", "xnnpack")  # the backends whose loop is timed beside the step's program alone, at int4 too
 SHAPES = {
     "full": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936},
@@ -286,7 +287,7 @@ def main() -> None:
     rows = [("import genbundle.runtime, s", import_time()["seconds"], 0.25)]
     with tempfile.TemporaryDirectory() as temporary:
         root = options.keep or Path(temporary)
-        names = [*options.backends, *(f"{name}-int4" for name in options.backends if name != "torch")]
+        names = [*options.backends, *(f"{name}-int4" for name in options.backends if name in LOOPS)]
         folder, bundles = root / "model", {name: root / f"{name}.bundle" for name in names}
         if not folder.exists():
             in_process("make_model", str(folder), options.size)
@@ -317,7 +318,7 @@ def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float
     """The bundles' steps over eager's, and over those of their bare programs."""
     workers = {"memory": Worker("bandwidth", ""), "eager": Worker("eager", str(folder))}
     workers |= {name: Worker("runtime", str(bundle)) for name, bundle in bundles.items()}
-    alone = [name for name in bundles if not name.startswith("torch")]
+    alone = [name for name in bundles if name.partition("-")[0] in LOOPS]
     rows = []
     for context in CONTEXTS:
         found = side_by_side(workers, alone, context)

@@ -1,5 +1,7 @@
 """Programs that would hold for some sizes only are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -127,17 +129,6 @@ def test_a_condition_on_batch_and_length_together_is_seen():
     assert error.value.least == 20  # of a single sequence
 
 
-class Conditions(torch.nn.Module):
-    """A program of two inputs, with these conditions beside it."""
-
-    def __init__(self, *texts: str):
-        super().__init__()
-        self.graph = torch.export.export(Sum(), (SAMPLE["input_ids"],)).graph
-        for node in self.graph.nodes:
-            node.target = "input_ids" if node.op == "placeholder" else node.target
-        self._guards_code = texts
-
-
 @pytest.mark.parametrize(("text", "longest", "differs"), [
     ("L['input_ids'].size()[0] != 1", None, False),  # tracers say so of any program
     ("L['input_ids'].size()[0] != 1", 32, False),
@@ -148,8 +139,9 @@ class Conditions(torch.nn.Module):
 ])  # fmt: skip
 def test_conditions_within_the_longest_length(text, longest, differs, monkeypatch):
     monkeypatch.setattr(guards, "_same", lambda *_: False)
+    graph = torch.export.export(Sum(), (SAMPLE["input_ids"],)).graph
     try:
-        expect_open(Conditions(text), Sum(), SAMPLE, AXES, longest, 1)
+        expect_open(SimpleNamespace(graph=graph, _guards_code=[text]), Sum(), SAMPLE, AXES, longest, 1)
     except UnsupportedModelError as error:
         assert differs and type(error) is UnsupportedModelError
     else:

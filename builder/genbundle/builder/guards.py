@@ -128,7 +128,8 @@ def _conditions(program: Any, axes: Axes) -> list[_Condition]:
 def _expression(text: str, axes: Axes, shapes: Mapping[str, Sequence[Any]]) -> str | None:
     """A condition with its sizes by name, or as numbers where they are fixed; None where one is neither."""
     sizes: dict[tuple[str, int], str] = {}
-    for name, axis in ((name, int(axis)) for name, axis in _SIZE.findall(text)):
+    for name, digits in _SIZE.findall(text):
+        axis = int(digits)
         size = axes.get(name, {}).get(axis, shapes[name][axis] if name in shapes else None)
         if not isinstance(size, int) and not (isinstance(size, str) and size in _SIZES):
             return None

@@ -247,7 +247,7 @@ class _Call:
         backend, entry = self.wiring.backend, self.wiring.entry(name)
         buffers = self._buffers(name)
         others = (item for item in entry.inputs if item.name not in buffers and self._wanted(item))
-        feeds = {**buffers, **{item.name: self._part(item, name) for item in others}}
+        feeds = buffers | {item.name: self._part(item, name) for item in others}
         outputs = self.wiring.caller(name)(backend.program(name), feeds, backend.to_numpy)
         self.values.update(outputs)
         if "encoder" in entry.roles:

@@ -98,7 +98,6 @@ class OnnxRuntimeBackend:
             session = self._session(entry, scales)
             if scales is not None:
                 scales.give_back()
-            self._check_outputs(session, entry)
             return OnnxProgram(ort, session, name, self.device, entry.in_place)
         from genbundle.runtime.backends.onnx_steps import (
             FixedSteps,
@@ -108,10 +107,8 @@ class OnnxRuntimeBackend:
         steps = None
         if has_fixed_steps(entry):
             steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._buffers)
-        session = self._session(entry, self._weights)
-        self._check_outputs(session, entry)
         kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
-        return OnnxProgram(ort, session, name, self.device, entry.in_place, **kept)
+        return OnnxProgram(ort, self._session(entry, self._weights), name, self.device, entry.in_place, **kept)
 
     def _session(
         self, entry: Program, weights: DeviceWeights | ScalesOfBlocks | None, sizes: "Sizes | None" = None
@@ -136,6 +133,7 @@ class OnnxRuntimeBackend:
         if provider not in session.get_providers():
             # It goes on with the CPU, and says so only in its log.
             raise _not_started(self._bundle, provider, f"it would run {entry.file} with {session.get_providers()[0]}")
+        self._check_outputs(session, entry)
         session.handed_weights = weights  # it reads them and keeps nothing of them alive
         return session
 
