@@ -28,7 +28,7 @@ def call(described: Program, *given):
 
 
 def recording(calls: list):
-    def program(inputs):
+    def program(inputs, buffers=None):
         calls.append(dict(inputs))
         return {"features": inputs["patches"] * 10}
 
@@ -36,7 +36,7 @@ def recording(calls: list):
 
 
 def counting(calls: list):
-    def program(inputs):
+    def program(inputs, buffers=None):
         calls.append(dict(inputs))
         return {"features": np.ones((1, 2))}
 

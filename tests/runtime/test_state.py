@@ -8,16 +8,17 @@ from genbundle.bundles import BundleError, EngineError
 from genbundle.bundles.manifest import CAPACITY, File, Flow, Input, Output, Program, Route, Source, State
 from genbundle.bundles.parsing import parse_manifest
 from genbundle.runtime import state
+from genbundle.runtime.program import Buffers
 
 ENTRY = State(name="0.key", dtype="float32", shape=("batch", 2, CAPACITY, 8), axis=2)
 
 
 def written(made: state.State, new: int) -> None:
     """Stand for a program that writes `new` tokens, each its number, into the buffer."""
-    buffer = made.buffer("0.key", new, np.asarray)
+    buffer = made.buffers("program", {"past": "0.key"}, new, np.asarray)["past"]
     places = np.arange(made.length, made.length + new)
     buffer[:, :, places] = places[:, None]
-    made.update({"present": buffer}, {"present": "0.key"}, {"0.key"})
+    made.update({"logits": np.zeros(1)}, {}, {"present": "0.key"})
     made.length += new
 
 
@@ -45,6 +46,31 @@ def test_what_is_kept_of_a_buffer_is_a_copy(heads):
     assert not np.shares_memory(exact, buffer) and not np.shares_memory(made.tensors["0.key"], buffer)
 
 
+def test_buffers_are_the_same_object_until_one_is_another():
+    entries = (ENTRY, State(name="0.value", dtype="float32", shape=("batch", 2, CAPACITY, 8), axis=2))
+    made, both, one = state.State(entries, 1), {"past.key": "0.key", "past.value": "0.value"}, {"past": "0.key"}
+
+    def taken(program: str = "both", new: int = 1) -> Buffers:
+        return made.buffers(program, one if program == "one" else both, new, np.asarray)
+
+    first, other = taken(), taken("one")
+    assert taken() is first and taken("one") is other and other["past"] is first["past.key"]
+    assert taken(new=500) is not first and taken("one")["past"] is taken()["past.key"], "another has grown"
+
+    before, engines = taken(), np.ones((1, 2, 500, 8), np.float32)
+    made.update({"present": engines}, {}, {"present": "0.key", "present.value": "0.value"})
+    assert taken() is not before and taken()["past.key"] is engines and taken("one")["past"] is engines
+    assert taken()["past.value"] is before["past.value"]
+
+    before, made.length = taken(), 3
+    made.update({"whole": np.full((1, 2, 3, 8), 2.0, np.float32)}, {"whole": "0.key"}, {})
+    assert taken()["past.key"][:, :, :3].min() == 2 and taken()["past.value"] is before["past.value"]
+
+    before = taken()
+    made.cut(2, np.asarray)
+    assert taken() is not before and not np.shares_memory(taken()["past.value"], before["past.value"])
+
+
 def test_large_parts_in_a_row_are_not_a_copy_each():
     made, sizes = state.State((ENTRY,), 1), set()
     for _ in range(16):
@@ -61,7 +87,7 @@ def test_a_prompt_in_pieces_leaves_no_more_room_than_a_whole_one():
 
 def test_a_buffer_begins_with_what_a_program_for_prompts_gave():
     made = state.State((ENTRY,), 1)
-    made.update({"present": np.full((1, 2, 7, 8), 3.0, np.float32)}, {"present": "0.key"}, ())
+    made.update({"present": np.full((1, 2, 7, 8), 3.0, np.float32)}, {"present": "0.key"}, {})
     made.length = 7
     assert made.exact("0.key", np.asarray).shape[2] == 7
     written(made, 1)
@@ -130,7 +156,7 @@ def test_pieces_need_a_step_that_continues():
 def test_a_buffer_that_no_memory_is_there_for():
     huge = State(name="0.key", dtype="float32", shape=("batch", 2**31, CAPACITY), axis=2)
     with pytest.raises(EngineError, match="no memory for a state of"):
-        state.State((huge,), 1).buffer("0.key", 2**24, np.asarray)
+        state.State((huge,), 1).buffers("program", {"past": "0.key"}, 2**24, np.asarray)
 
 
 def _with(entry: Program, **changes) -> str:

@@ -19,7 +19,7 @@ class Engine:
     """A program whose logits grow with the token: the last one always wins."""
 
     def program(self, name):
-        return lambda feeds: {
+        return lambda feeds, buffers=None: {
             "logits": np.tile(np.arange(VOCABULARY, dtype=np.float32), (len(feeds["input_ids"]), 1, 1))
         }
 
@@ -110,7 +110,11 @@ def test_the_programs_that_can_be_at_fault_are_named():
 
     class WithEncoder(Engine):
         def program(self, name):
-            return (lambda feeds: {"features": feeds["pixels"]}) if name == "image_encoder" else super().program(name)
+            return (
+                (lambda feeds, buffers=None: {"features": feeds["pixels"]})
+                if name == "image_encoder"
+                else super().program(name)
+            )
 
     model = Model(bundle, WithEncoder())  # pyright: ignore[reportArgumentType]
     text, off = case(), case().top_logits.copy()

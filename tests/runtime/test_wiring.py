@@ -26,7 +26,7 @@ class Backend:
         self.converted = 0
 
     def program(self, name: str) -> Any:
-        def run(feeds: dict[str, Any]) -> dict[str, Any]:
+        def run(feeds: dict[str, Any], buffers: Any = None) -> dict[str, Any]:
             self.calls.append((name, feeds))
             return {"logits": np.zeros((1, 1, 4), np.float32), "features": np.zeros((1, 5, 3), np.float32)}
 

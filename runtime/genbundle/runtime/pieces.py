@@ -18,7 +18,7 @@ import numpy as np
 from genbundle.bundles import InputError
 from genbundle.bundles.manifest import Input
 from genbundle.bundles.manifest import Program as ProgramEntry
-from genbundle.runtime.program import Program, Tensor
+from genbundle.runtime.program import Buffers, Program, Tensor
 
 
 def taken_inputs(entry: ProgramEntry) -> tuple[str, ...]:
@@ -43,16 +43,21 @@ def whole_shape(item: Input) -> tuple[int | str, ...]:
 
 class Caller:
     """Calls a program once, or once per piece with the outputs joined along their first symbolic axis. What its entry
-    says is looked up once, since a step has two inputs for each layer."""
+    says is looked up once."""
 
     def __init__(self, entry: ProgramEntry):
-        self._entry, self._names = entry, taken_inputs(entry)
+        buffers = {item.name for item in entry.buffers}
+        self._entry, self._names = entry, tuple(name for name in taken_inputs(entry) if name not in buffers)
         options = {item.name: item.source.options for item in entry.inputs}
         self._fixed = {name: each["equals"] for name, each in options.items() if each.get("equals") is not None}
         self._divided = {name: each for name, each in options.items() if each.get("pieces")}
 
     def __call__(
-        self, program: Program, inputs: Mapping[str, Tensor], to_numpy: Callable[[Tensor], np.ndarray]
+        self,
+        program: Program,
+        inputs: Mapping[str, Tensor],
+        to_numpy: Callable[[Tensor], np.ndarray],
+        buffers: Buffers | None = None,
     ) -> dict[str, Tensor]:
         """The outputs; InputError where an input isn't the one number that the program was made for, or is larger than
         it takes."""
@@ -61,8 +66,8 @@ class Caller:
             if name in inputs and not (inputs[name] == fixed).all():
                 raise InputError(f"{name}: this bundle takes prompts whose {name} is {fixed} throughout")
         if not self._divided:
-            return program(_expect_sizes(entry, {name: inputs[name] for name in self._names}))
-        results = [program(_expect_sizes(entry, part)) for part in _parts(self._names, self._divided, inputs)]
+            return program(_expect_sizes(entry, {name: inputs[name] for name in self._names}), buffers)
+        results = [program(_expect_sizes(entry, part), buffers) for part in _parts(self._names, self._divided, inputs)]
         if not results:
             raise InputError(f"the inputs of {entry.name!r} hold no picture")
         if len(results) == 1:

@@ -8,10 +8,24 @@ import numpy as np
 Tensor = Any  # numpy on the way in; on the way out the engine's own handle, which may go in again uncopied
 
 
-class Program(Protocol):
-    """One program, called with its inputs by name; returns its outputs by name, as the engine's own tensors."""
+class Buffers(dict[str, Tensor]):
+    """What a program writes in place, by the names of its inputs: numpy at first, then the engine's own tensors.
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    The same object from call to call for as long as it holds the same tensors. bound: what the engine made of them for
+    its next call, which ends with them.
+    """
+
+    bound: Any = None
+
+
+class Program(Protocol):
+    """One program, called with its inputs by name; returns its outputs by name, as the engine's own tensors.
+
+    buffers: its inputs that it writes in place, where it has such. Outputs are left out that are the very tensors that
+    went in.
+    """
+
+    def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]: ...
 
 
 class Backend(Protocol):

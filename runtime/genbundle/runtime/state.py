@@ -2,14 +2,14 @@
 
 import math
 import mmap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from genbundle.bundles import EngineError
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import State as StateEntry
-from genbundle.runtime.program import Tensor
+from genbundle.runtime.program import Buffers, Tensor
 
 # Else other processes could be given it, for which the system keeps it as a file; Windows has no such choice.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -40,23 +40,45 @@ class State:
     ):
         self._axes = {entry.name: entry.axis for entry in entries if entry.axis is not None}
         self._rooms: dict[str, int] = {}  # how many tokens a buffer holds; other tensors are as long as the sequences
+        # What programs write in place and how many tokens all of it has room for, until one of the tensors is another.
+        self._held: dict[str, tuple[Buffers, int]] = {}
         self.length, self.most, self._capacity, self._least = 0, most, capacity, least
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
-    def update(self, outputs: Mapping[str, Tensor], names: Mapping[str, str], written: Collection[str]) -> None:
-        """Take the outputs that replace state entries (`names`: output -> entry); `written` are those in place."""
-        for output, entry in names.items():
+    def update(self, outputs: Mapping[str, Tensor], replaced: Mapping[str, str], in_place: Mapping[str, str]) -> None:
+        """Take a program's outputs that are state (output -> entry): tensors that replace others, and what it wrote in
+        place, where that isn't the very tensor that went in."""
+        for output, entry in replaced.items():
             self.tensors[entry] = outputs[output]
-            if entry not in written:
-                self._rooms.pop(entry, None)
+            if self._rooms.pop(entry, None) is not None:
+                self._held.clear()
+        for output in outputs.keys() & in_place.keys():
+            self.tensors[in_place[output]] = outputs[output]
+            self._held.clear()
 
-    def buffer(
-        self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray], *, few_sizes: bool = False
-    ) -> Tensor:
-        """The tensor of an entry that is written in place, with room for `new` more tokens.
+    def buffers(
+        self,
+        program: str,
+        names: Mapping[str, str],
+        new: int,
+        to_numpy: Callable[[Tensor], np.ndarray],
+        *,
+        few_sizes: bool = False,
+    ) -> Buffers:
+        """What a program writes in place (`names`: its input -> entry), with room for `new` more tokens: the same
+        object while nothing is made anew. There are two a layer, which in most steps nothing is asked of.
 
         few_sizes: rooms are powers of two, or the capacity, for programs that are made ready for each.
         """
+        held, room = self._held.get(program, (None, 0))
+        if held is None or room < max(self.length + new, self._least):
+            held = Buffers(
+                (name, self._buffer(entry, new, to_numpy, few_sizes=few_sizes)) for name, entry in names.items()
+            )
+            self._held[program] = held, min(self._rooms[entry] for entry in names.values())
+        return held
+
+    def _buffer(self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray], *, few_sizes: bool) -> Tensor:
         needed = max(self.length + new, self._least)
         if self._rooms.get(name, self.length) < needed:
             if few_sizes:
@@ -68,6 +90,7 @@ class State:
                 room = room if self.most is None else max(needed, min(room, self.most))
             self.tensors[name] = _grown(to_numpy(self.tensors[name]), self._axes[name], room, self.length)
             self._rooms[name] = room
+            self._held.clear()
         return self.tensors[name]
 
     def room(self, name: str) -> int:
@@ -80,6 +103,7 @@ class State:
         for name in self._axes if length < self.length else ():
             self.tensors[name] = self._first(name, length, to_numpy)
             self._rooms.pop(name, None)
+            self._held.clear()
         self.length, self._least = length, 0
 
     def exact(self, name: str, to_numpy: Callable[[Tensor], np.ndarray]) -> Tensor:

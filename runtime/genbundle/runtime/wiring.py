@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from genbundle.runtime import pieces
 from genbundle.runtime.inputs import token_ids, token_mask
 from genbundle.runtime.positions import POSITION_INPUTS, POSITION_RULES, position_ids
 from genbundle.runtime.preparers import PREPARERS
-from genbundle.runtime.program import Backend, Tensor
+from genbundle.runtime.program import Backend, Buffers, Tensor
 from genbundle.runtime.routes import Routes
 from genbundle.runtime.state import State
 
@@ -34,23 +34,44 @@ class Sequences:
     positions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wires:
+    """A program's entry, sorted once by what a call asks of it: a step has two inputs and outputs for each layer.
+
+    buffers: its inputs that it writes in place, with the state entry's name; others: the rest of them. replaced,
+    in_place: its outputs that are state, with the entry's name. to_room: whether its mask is as long as its buffers.
+    """
+
+    entry: ProgramEntry
+    call: pieces.Caller
+    buffers: Mapping[str, str]
+    others: tuple[Input, ...]
+    replaced: Mapping[str, str]
+    in_place: Mapping[str, str]
+    to_room: bool
+
+    @classmethod
+    def of(cls, entry: ProgramEntry) -> "_Wires":
+        buffers = {item.name: item.source.name or "" for item in entry.buffers}
+        states = {item.name: item.state for item in entry.outputs if item.state is not None}
+        in_place = entry.in_place
+        return cls(
+            entry=entry,
+            call=pieces.Caller(entry),
+            buffers=buffers,
+            others=tuple(item for item in entry.inputs if item.name not in buffers),
+            replaced={name: state for name, state in states.items() if name not in in_place},
+            in_place={name: state for name, state in states.items() if name in in_place},
+            to_room=entry.attends_to_room,
+        )
+
+
 class Wiring:
     """Calls a bundle's programs in the manifest's order."""
 
     def __init__(self, manifest: Manifest, backend: Backend):
         self.manifest, self.backend = manifest, backend
-        self._entries = {program.name: program for program in manifest.programs}
-        self._states = {
-            program.name: {output.name: output.state for output in program.outputs if output.state is not None}
-            for program in manifest.programs
-        }
-        self._buffers = {
-            program.name: {item.name: item.source.name or "" for item in program.buffers}
-            for program in manifest.programs
-        }
-        self._written = {name: set(buffers.values()) for name, buffers in self._buffers.items()}
-        self._callers = {program.name: pieces.Caller(program) for program in manifest.programs}
-        self._to_room = {program.name for program in manifest.programs if program.attends_to_room}
+        self._wires = {program.name: _Wires.of(program) for program in manifest.programs}
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
         kinds = [{item.source.kind for item in program.inputs} for program in manifest.programs]
@@ -58,7 +79,7 @@ class Wiring:
         self._running: Sequences | None = None
         # Between looking whose state it is and running the programs on it, no other thread may begin.
         self._one_at_a_time = threading.Lock() if self._stateful else nullcontext()
-        steps = (item.source for name in manifest.flow.step for item in self._entries[name].inputs)
+        steps = (item.source for name in manifest.flow.step for item in self._wires[name].entry.inputs)
         self._step_inputs = {source.name for source in steps if source.kind == "user"}
         self._check()
 
@@ -115,29 +136,9 @@ class Wiring:
                 sequences.mask = before
                 raise
 
-    def entry(self, name: str) -> ProgramEntry:
-        """The manifest's entry of a program."""
-        return self._entries[name]
-
-    def state_outputs(self, name: str) -> Mapping[str, str]:
-        """A program's outputs that replace state, with the state entry's name."""
-        return self._states[name]
-
-    def buffers(self, name: str) -> Mapping[str, str]:
-        """A program's inputs of state that it writes in place, with the state entry's name."""
-        return self._buffers[name]
-
-    def state_written(self, name: str) -> Collection[str]:
-        """The state entries that a program writes in place."""
-        return self._written[name]
-
-    def caller(self, name: str) -> pieces.Caller:
-        """What calls a program."""
-        return self._callers[name]
-
-    def attends_to_room(self, name: str) -> bool:
-        """Whether a program's mask is as long as its buffers."""
-        return name in self._to_room
+    def wires(self, name: str) -> _Wires:
+        """What goes into a program and comes out of it."""
+        return self._wires[name]
 
     def _check(self) -> None:
         """BundleError for a manifest whose programs can't feed one another, or that names a rule not known here."""
@@ -157,23 +158,23 @@ class Wiring:
                 )
         routes = (route for route in self.manifest.flow.prompt if route.one_by_one and len(route.programs) > 1)
         for name in (route.programs[-1] for route in routes):
-            if name in self._to_room:
+            if self._wires[name].to_room:
                 raise BundleError(f"{name!r} takes prompts token by token, and its mask hides none of them")
         for names in (*(route.programs for route in self.manifest.flow.prompt), self.manifest.flow.step):
             given: set[str] = set()
             for name in names:
-                for item in self._entries[name].inputs:
+                for item in self._wires[name].entry.inputs:
                     if item.source.kind == "output" and item.source.name not in given:
                         raise BundleError(
                             f"{name!r} needs the output {item.source.name!r}, which no program before it gives"
                         )
-                given |= {output.name for output in self._entries[name].outputs}
+                given |= {output.name for output in self._wires[name].entry.outputs}
             if "logits" not in given:
                 raise BundleError(f"the programs {list(names)} give no logits")
 
     def _rules(self, names: Iterable[str]) -> set[str]:
         """The position rules that programs read; a step goes on from the prompt's last positions."""
-        inputs = (item for name in names for item in self._entries[name].inputs)
+        inputs = (item for name in names for item in self._wires[name].entry.inputs)
         return {_key(item.source) for item in inputs if item.source.kind == "position"}
 
 
@@ -244,32 +245,29 @@ class _Call:
         return logits[:, -1] if logits.ndim == 3 else logits
 
     def _run(self, name: str) -> None:
-        backend, entry = self.wiring.backend, self.wiring.entry(name)
-        buffers = self._buffers(name)
-        others = (item for item in entry.inputs if item.name not in buffers and self._wanted(item))
-        feeds = buffers | {item.name: self._part(item, name) for item in others}
-        outputs = self.wiring.caller(name)(backend.program(name), feeds, backend.to_numpy)
+        backend, wires = self.wiring.backend, self.wiring.wires(name)
+        buffers = self._buffers(wires) if wires.buffers else None
+        feeds = {item.name: self._part(item, wires) for item in wires.others if self._wanted(item)}
+        outputs = wires.call(backend.program(name), feeds, backend.to_numpy, buffers)
         self.values.update(outputs)
-        if "encoder" in entry.roles:
-            self._check_placeholders(entry, outputs)
-        replaced = self.wiring.state_outputs(name)
-        if replaced:
-            self.sequences.state.update(outputs, replaced, self.wiring.state_written(name))
+        if "encoder" in wires.entry.roles:
+            self._check_placeholders(wires.entry, outputs)
+        self.sequences.state.update(outputs, wires.replaced, wires.in_place)
 
-    def _part(self, item: Input, program: str) -> Tensor:
+    def _part(self, item: Input, wires: _Wires) -> Tensor:
         """The value of one program input; where one token goes through the program, what belongs to it.
 
         That is its place along axes of one that are as long as the prompt, and all until there along those that grow.
         """
         if self.place is None or item.source.kind == "state":
-            return self.value(item, program)
+            return self.value(item, wires)
         if item.name not in self.wholes:
-            self.wholes[item.name] = self.wiring.backend.to_numpy(self.value(item, program))
+            self.wholes[item.name] = self.wiring.backend.to_numpy(self.value(item, wires))
         array = self.wholes[item.name]
         if array.ndim < len(item.shape):
             raise BundleError(
-                f"{program!r}'s input {item.name!r} has {len(item.shape)} axes in the manifest, what feeds it has "
-                f"{array.ndim}"
+                f"{wires.entry.name!r}'s input {item.name!r} has {len(item.shape)} axes in the manifest, what feeds it "
+                f"has {array.ndim}"
             )
         for axis, size in enumerate(item.shape):
             if array.shape[axis] == self.tokens.shape[1] and size in (1, "total"):
@@ -277,7 +275,7 @@ class _Call:
                 array = array[(slice(None),) * axis + (places,)]
         return np.ascontiguousarray(array)
 
-    def value(self, item: Input, program: str) -> Tensor:
+    def value(self, item: Input, wires: _Wires) -> Tensor:
         """The value of one program input."""
         source = item.source
         if source.kind == "state":
@@ -285,7 +283,7 @@ class _Call:
         if source.kind == "tokens":
             return _known_tokens(self.tokens, source)
         if source.kind == "mask":
-            return self._mask(item, program)
+            return self._mask(item, wires)
         if source.kind == "position":
             return self._positions(source).astype(numpy_dtype(item.dtype), copy=False)
         if source.kind == "start":
@@ -297,30 +295,30 @@ class _Call:
         if source.kind == "constant":
             sizes = [size for size in item.shape if isinstance(size, int)]
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
-        return self._user(item, program)
+        return self._user(item, wires)
 
-    def _mask(self, item: Input, program: str) -> np.ndarray:
+    def _mask(self, item: Input, wires: _Wires) -> np.ndarray:
         mask = self.sequences.mask
         if CAPACITY not in item.shape:
             return mask
-        room = self.sequences.state.room(next(iter(self.wiring.buffers(program).values())))
+        room = self.sequences.state.room(next(iter(wires.buffers.values())))
         return np.pad(mask, ((0, 0), (0, room - mask.shape[1])))
 
-    def _buffers(self, program: str) -> dict[str, Tensor]:
-        """What a program writes in place, by input. There are two a layer, of which nothing else is to be asked."""
-        new, to_numpy = self.tokens.shape[1], self.wiring.backend.to_numpy
-        buffer, few = self.sequences.state.buffer, self.wiring.attends_to_room(program)
-        names = self.wiring.buffers(program).items()
-        return {name: buffer(entry, new, to_numpy, few_sizes=few) for name, entry in names}
+    def _buffers(self, wires: _Wires) -> Buffers:
+        """What a program writes in place."""
+        name, new, to_numpy = wires.entry.name, self.tokens.shape[1], self.wiring.backend.to_numpy
+        return self.sequences.state.buffers(name, wires.buffers, new, to_numpy, few_sizes=wires.to_room)
 
     def _wanted(self, item: Input) -> bool:
         options = item.source.options
         return not options.get("unread") and (not options.get("optional") or item.source.name in self.inputs)
 
-    def _user(self, item: Input, program: str) -> np.ndarray:
+    def _user(self, item: Input, wires: _Wires) -> np.ndarray:
         array = self.inputs.get(item.source.name or "")
         if array is None:
-            raise InputError(f"the prompt's {program!r} needs the input {item.source.name!r}, which was not given")
+            raise InputError(
+                f"the prompt's {wires.entry.name!r} needs the input {item.source.name!r}, which was not given"
+            )
         dtype, shape = numpy_dtype(item.dtype), pieces.whole_shape(item)
         fits = array.ndim == len(shape) and all(
             isinstance(size, str) or size == got for size, got in zip(shape, array.shape, strict=True)

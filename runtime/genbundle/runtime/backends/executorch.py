@@ -13,7 +13,7 @@ import numpy as np
 from genbundle.bundles import Bundle, EngineError, MissingExtraError
 from genbundle.bundles.manifest import Program
 from genbundle.runtime.pieces import taken_inputs
-from genbundle.runtime.program import Tensor
+from genbundle.runtime.program import Buffers, Tensor
 
 
 def open_backend(bundle: Bundle, *, device: str | None, threads: int | None) -> "ExecuTorchBackend":
@@ -93,9 +93,9 @@ class ExecuTorchProgram:
         self._names = taken_inputs(entry)
         self._outputs = [output.name for output in entry.outputs]
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]:
         """Run the method; EngineError when it fails."""
-        found = self._run(inputs)
+        found = self._run({**inputs, **(buffers or {})})
         if len(found) != len(self._outputs):
             raise EngineError(
                 f"the program {self._entry.name!r} gives {len(found)} outputs, the manifest names {len(self._outputs)}"

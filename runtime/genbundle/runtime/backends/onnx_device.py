@@ -64,7 +64,7 @@ def _widening(onnxruntime: Any, provider: str) -> Any:
     return onnxruntime.InferenceSession(_WIDEN, providers=[provider])
 
 
-class Buffers:
+class BufferPool:
     """Buffers of state on a device. Of each size one stays, and goes to other sequences when those that had it are
     gone: recorded steps hold addresses. Sequences that come meanwhile get others, which end with them."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from genbundle.bundles.dtypes import numpy_dtype
 from genbundle.bundles.manifest import Program
-from genbundle.runtime.backends.onnx_device import Buffers, on_device, overwrite
+from genbundle.runtime.backends.onnx_device import BufferPool, on_device, overwrite
 from genbundle.runtime.program import Tensor
 
 # A session takes as long to open as some hundred steps: the shortest answers do without. `genbundle verify`, and the
@@ -46,18 +46,18 @@ class FixedSteps:
     """
 
     def __init__(
-        self, entry: Program, open_session: Callable[[Sizes], Any], onnxruntime: Any, device: str, buffers: Buffers
+        self, entry: Program, open_session: Callable[[Sizes], Any], onnxruntime: Any, device: str, pool: BufferPool
     ):
         self._entry, self._open_session, self._ort, self._device = entry, open_session, onnxruntime, device
         self._items = {item.name: item for item in entry.inputs}
         self._names = [item.name for item in entry.buffers]
-        self._pool = buffers
+        self._pool = pool
         self._seen: Counter[tuple] = Counter()
         self._steps: OrderedDict[tuple, _FixedStep] = OrderedDict()
         self._refused: set[tuple] = set()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The outputs, those in place as they went in; None where this call isn't one of these steps.
+        """The outputs that aren't written in place; None where this call isn't one of these steps.
 
         inputs: numpy arrays, but for the buffers, which are OrtValues on the device.
         """
@@ -151,7 +151,7 @@ class _FixedStep:
     def __call__(
         self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, Any], where: tuple[int, ...] | None
     ) -> dict[str, Tensor]:
-        """Run it: numpy arrays but for what was written in place.
+        """Run it: what isn't written in place, as numpy arrays.
 
         where: the buffers' addresses if it is to be recorded, or was; None for buffers of which it isn't.
         """
@@ -167,8 +167,7 @@ class _FixedStep:
         options.add_run_config_entry("gpu_graph_id", "-1" if where is None else "1")
         self._session.run_with_iobinding(self._bind(buffers) if where is None else self._binding, options)
         self.recorded = where or self.recorded
-        results = {name: np.array(value.numpy()) for name, value in self._results.items()}
-        return results | {name: buffers[source] for name, source in self._in_place.items()}
+        return {name: np.array(value.numpy()) for name, value in self._results.items()}
 
     def _bind(self, buffers: Mapping[str, Any]) -> Any:
         binding = self._session.io_binding()

@@ -6,17 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
 from genbundle.bundles.manifest import Program
-from genbundle.runtime.backends.onnx_device import Buffers, as_numpy, on_device
+from genbundle.runtime.backends.onnx_device import BufferPool, as_numpy, on_device
 from genbundle.runtime.backends.onnx_file import named_files
 from genbundle.runtime.backends.onnx_weights import DeviceWeights, ScalesOfBlocks
-from genbundle.runtime.program import Tensor
+from genbundle.runtime.program import Buffers, Tensor
 
 if TYPE_CHECKING:
     from genbundle.runtime.backends.onnx_steps import FixedSteps, Sizes
@@ -64,7 +63,7 @@ class OnnxRuntimeBackend:
         self._kept = "cuda" in (device, bundle.manifest.backend) if kept is None else kept
         self._weights = DeviceWeights(onnxruntime.OrtValue, device)
         self._scales = ScalesOfBlocks(onnxruntime.OrtValue)
-        self._buffers = Buffers(onnxruntime.OrtValue, device)
+        self._pool = BufferPool(onnxruntime.OrtValue, device)
         self._programs: dict[str, OnnxProgram] = {}
         # While a step is recorded, nothing else may be asked of the GPU, by any thread or other bundle:
         # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#using-cuda-graphs-preview
@@ -106,8 +105,8 @@ class OnnxRuntimeBackend:
 
         steps = None
         if has_fixed_steps(entry):
-            steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._buffers)
-        kept = {"buffers": self._buffers, "steps": steps, "lock": self._lock}
+            steps = FixedSteps(entry, partial(self._session, entry, self._weights), ort, self.device, self._pool)
+        kept = {"pool": self._pool, "steps": steps, "lock": self._lock}
         return OnnxProgram(ort, self._session(entry, self._weights), name, self.device, entry.in_place, **kept)
 
     def _session(
@@ -197,9 +196,9 @@ def _or_the_cpu(bundle: Bundle) -> str:
 class OnnxProgram:
     """One session: numpy arrays or OrtValues in, OrtValues out.
 
-    in_place: as the manifest's entry has it; such an output is the very tensor that went in. buffers: where those come
-    from if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock: held
-    meanwhile.
+    in_place: as the manifest's entry has it: outputs that are written into the tensor of an input. pool: where such
+    tensors come from if they stay on the device. steps: what takes steps of fixed sizes, if the program has such. lock:
+    held meanwhile.
     """
 
     def __init__(
@@ -210,39 +209,39 @@ class OnnxProgram:
         device: str,
         in_place: Mapping[str, str],
         *,
-        buffers: Buffers | None = None,
+        pool: BufferPool | None = None,
         steps: "FixedSteps | None" = None,
         lock: AbstractContextManager[Any] | None = None,
     ):
         self._value = onnxruntime.OrtValue
         self.session, self.name, self._device, self._in_place = session, name, device, in_place
-        self._buffers, self._steps, self._lock = buffers, steps, lock or nullcontext()
+        self._pool, self._steps, self._lock = pool, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]
         self._new = [name for name in self.outputs if name not in in_place]
-        self._buffer_names = set(in_place.values())
-        # By the first of the buffers, with which a binding ends.
-        self._bindings: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]:
         """Run the program."""
         try:
             with self._lock:
-                return self._run(inputs)
+                return self._run(inputs, Buffers() if buffers is None else buffers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed in the program {self.name!r}: {error}") from error
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self._buffers is not None:
-            fresh = {name: inputs[name] for name in self._in_place.values()}
-            fresh = {name: array for name, array in fresh.items() if isinstance(array, np.ndarray)}
-            inputs = {**inputs, **{name: self._buffers.take(name, array) for name, array in fresh.items()}}
-        if self._steps is not None and (done := self._steps(inputs)) is not None:
-            return done
-        given = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
-        written = {name: given[source] for name, source in self._in_place.items()}
-        binding = self._binding(written)
-        for name in given.keys() - self._buffer_names:
-            binding.bind_ortvalue_input(name, given[name])
+    def _run(self, inputs: Mapping[str, Tensor], buffers: Buffers) -> dict[str, Tensor]:
+        binding, written = buffers.bound, {}
+        if binding is None:
+            arrays = {name: tensor for name, tensor in buffers.items() if isinstance(tensor, np.ndarray)}
+            made = {name: self._to_buffer(name, array) for name, array in arrays.items()}
+            whole = {**buffers, **made}
+            written = {name: made[source] for name, source in self._in_place.items() if source in made}
+            if self._steps is not None and (done := self._steps({**inputs, **whole})) is not None:
+                return done | written
+            binding = self._bind(whole)
+            # On a GPU an input that an operator on the CPU reads is copied when it is bound: for each call then.
+            if not made and self._device == "cpu":
+                buffers.bound = binding
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, self._to_engine(tensor))
         # Unbound outputs come back to the CPU: state would cross the bus twice a step.
         for name in self._new:
             binding.bind_output(name, self._device)
@@ -250,24 +249,19 @@ class OnnxProgram:
         # Each a handle of its own, which outlives the binding's. What was bound as an output would come back as a
         # handle that doesn't keep a numpy array's memory.
         found = binding.get_outputs_as_ortvaluevector()
-        return written | {name: self._value(found[len(written) + place]) for place, name in enumerate(self._new)}
+        return written | {name: self._value(found[len(self._in_place) + place]) for place, name in enumerate(self._new)}
 
-    def _binding(self, written: Mapping[str, Any]) -> Any:
-        """A binding that has the buffers, each as input and output, and before all other outputs. As long as they are
-        the same, so is the binding: there are two for each layer. On a GPU an input that an operator on the CPU reads
-        is copied when it is bound, so that it must be bound for each call."""
-        buffers = list(written.values()) if self._device == "cpu" else []
-        binding, others = self._bindings.get(buffers[0], (None, [])) if buffers else (None, [])
-        if binding is None or any(one is not other for one, other in zip(buffers[1:], others, strict=True)):
-            binding = self.session.io_binding()
-            for name, buffer in written.items():
-                # Another handle: a binding keeps those that it is given, and would outlive the sequences with them.
-                same = self._value(buffer._get_c_value())
-                binding.bind_ortvalue_input(self._in_place[name], same)
-                binding.bind_ortvalue_output(name, same)
-            if buffers:
-                self._bindings[buffers[0]] = binding, buffers[1:]
+    def _bind(self, buffers: Mapping[str, Any]) -> Any:
+        """A binding that has the buffers, each as input and output, and before all other outputs."""
+        binding = self.session.io_binding()
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+        for name, source in self._in_place.items():
+            binding.bind_ortvalue_output(name, buffers[source])
         return binding
+
+    def _to_buffer(self, name: str, array: np.ndarray) -> Any:
+        return self._to_engine(array) if self._pool is None else self._pool.take(name, array)
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):

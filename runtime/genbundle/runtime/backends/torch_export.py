@@ -13,7 +13,7 @@ from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraErro
 from genbundle.runtime.backends.torch_archive import checked_archive
 from genbundle.runtime.backends.torch_compiled import compiled_module
 from genbundle.runtime.backends.torch_operators import register_operators
-from genbundle.runtime.program import Tensor
+from genbundle.runtime.program import Buffers, Tensor
 
 
 def open_backend(bundle: Bundle, *, device: str | None, threads: int | None, compiled: bool = False) -> "TorchBackend":
@@ -122,9 +122,9 @@ class TorchProgram:
     def __init__(self, torch: Any, module: Any, name: str, device: str):
         self._torch, self._module, self._name, self._device = torch, module, name, device
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]:
         """Run the program."""
-        feeds = {name: self._to_engine(tensor) for name, tensor in inputs.items()}
+        feeds = {name: self._to_engine(tensor) for name, tensor in {**inputs, **(buffers or {})}.items()}
         try:
             with self._torch.inference_mode():
                 return self._module(**feeds)
