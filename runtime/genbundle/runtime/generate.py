@@ -1,7 +1,6 @@
 """The generation loop in layers: `steps` (token ids) under `stream` (text as it comes) and `generate` (the whole)."""
 
 import time
-from array import array as IntArray
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -116,10 +115,9 @@ def steps(
     ]
     # The repetition penalty leaves padding out, as transformers does; the other rules don't.
     paddings = prompt_length - token_mask(inputs).sum(axis=1)
-    seen = [IntArray("q", row) for row in ids]
+    seen = ids.astype(np.int64)
     given = inputs.get("input_ids")
     reasons: list[str | None] = [None] * batch
-    taken: list[np.ndarray] = []
     wiring.open(inputs)
     begun = time.perf_counter()
     most = prompt_length + limit
@@ -128,25 +126,28 @@ def steps(
     clock.prompt = clock.programs = time.perf_counter() - begun
     stepping = time.perf_counter()
     for length in range(prompt_length, most):
-        tokens = np.full(batch, pad, np.int64)
+        if length == seen.shape[1]:
+            seen = np.concatenate([seen, np.empty_like(seen)], axis=1)  # room for as many again
+        chosen = [pad] * batch
         for row in range(batch):
             if reasons[row] is not None:
                 continue
-            so_far = np.array(seen[row], np.int64)
+            so_far = seen[row, :length]
             said = None if given is None else given[row]
             scores = apply_rules(
                 logits[row], options, so_far, prompt_length=prompt_length, limit=asked, given=said, times=times
             )
-            token = samplers[row](scores, so_far[paddings[row] :]) if forced is None else forced[row, len(taken)]
-            tokens[row] = token
-            seen[row].append(token)
+            before = so_far[paddings[row] :]
+            token = samplers[row](scores, before) if forced is None else int(forced[row, length - prompt_length])
+            chosen[row] = token
             if token in options.eos_token_ids:
                 reasons[row] = "eos"
-            elif stop is not None and stop(row, int(token)):
+            elif stop is not None and stop(row, token):
                 reasons[row] = "stop"
             elif length + 1 == most:
                 reasons[row] = "length"
-        taken.append(tokens)
+        tokens = np.array(chosen, np.int64)
+        seen[:, length] = tokens
         clock.new_tokens += 1
         handed = time.perf_counter()
         clock.steps = handed - stepping
@@ -156,15 +157,14 @@ def steps(
         begun = time.perf_counter()
         stepping += begun - handed  # what a stream's reader does meanwhile isn't the loop's time
         if length == wiring.manifest.flow.restart:
-            logits, sequences = wiring.prompt(_whole(inputs, taken), most)
+            logits, sequences = wiring.prompt(_whole(inputs, seen[:, prompt_length : length + 1]), most)
         else:
             logits = wiring.step(tokens[:, None], sequences)
         clock.programs += time.perf_counter() - begun
 
 
-def _whole(inputs: dict[str, np.ndarray], taken: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs of a prompt that the tokens taken so far belong to."""
-    new = np.stack(taken, axis=1)
+def _whole(inputs: dict[str, np.ndarray], new: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs of a prompt that the new tokens `[batch, new]` belong to."""
     ids = np.concatenate([inputs["input_ids"], new], axis=1)
     mask = np.concatenate([inputs["attention_mask"], np.ones_like(new)], axis=1)
     # Token types and the like: new tokens are text.

@@ -39,7 +39,8 @@ class _Wires:
     """A program's entry, sorted once by what a call asks of it: a step has two inputs and outputs for each layer.
 
     buffers: its inputs that it writes in place, with the state entry's name; others: the rest of them. replaced,
-    in_place: its outputs that are state, with the entry's name. to_room: whether its mask is as long as its buffers.
+    in_place: its outputs that are state, with the entry's name. keys: what rules' values are kept under, by input.
+    to_room: whether its mask is as long as its buffers.
     """
 
     entry: ProgramEntry
@@ -48,6 +49,7 @@ class _Wires:
     others: tuple[Input, ...]
     replaced: Mapping[str, str]
     in_place: Mapping[str, str]
+    keys: Mapping[str, str]
     to_room: bool
 
     @classmethod
@@ -62,6 +64,7 @@ class _Wires:
             others=tuple(item for item in entry.inputs if item.name not in buffers),
             replaced={name: state for name, state in states.items() if name not in in_place},
             in_place={name: state for name, state in states.items() if name in in_place},
+            keys={item.name: _key(item.source) for item in entry.inputs if item.source.rule is not None},
             to_room=entry.attends_to_room,
         )
 
@@ -285,13 +288,13 @@ class _Call:
         if source.kind == "mask":
             return self._mask(item, wires)
         if source.kind == "position":
-            return self._positions(source).astype(numpy_dtype(item.dtype), copy=False)
+            return self._positions(source, wires.keys[item.name]).astype(numpy_dtype(item.dtype), copy=False)
         if source.kind == "start":
             return np.array([self.sequences.state.length], np.int64)
         if source.kind == "output":
             return self.values[source.name or ""]
         if source.kind == "prepared":
-            return self._prepare(source)[source.name or ""].astype(numpy_dtype(item.dtype))
+            return self._prepare(source, wires.keys[item.name])[source.name or ""].astype(numpy_dtype(item.dtype))
         if source.kind == "constant":
             sizes = [size for size in item.shape if isinstance(size, int)]
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
@@ -327,8 +330,8 @@ class _Call:
             raise InputError(f"{item.source.name}: expected shape {list(shape)}, got {list(array.shape)}")
         return _known_tokens(np.ascontiguousarray(array, dtype), item.source)
 
-    def _positions(self, source: Source) -> np.ndarray:
-        rule, key = source.rule or "", _key(source)
+    def _positions(self, source: Source, key: str) -> np.ndarray:
+        rule = source.rule or ""
         if key not in self.positions:
             if self.first:
                 _check_grids(self.inputs, POSITION_INPUTS.get(rule, ()))
@@ -339,8 +342,8 @@ class _Call:
                 self.positions[key] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
         return self.positions[key]
 
-    def _prepare(self, source: Source) -> dict[str, np.ndarray]:
-        rule, key = source.rule or "", _key(source)
+    def _prepare(self, source: Source, key: str) -> dict[str, np.ndarray]:
+        rule = source.rule or ""
         if key not in self.prepared:
             missing = [name for name in source.options.get("inputs", ()) if name not in self.inputs]
             if missing:

@@ -241,7 +241,10 @@ class OnnxProgram:
             if not made and self._device == "cpu":
                 buffers.bound = binding
         for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, self._to_engine(tensor))
+            if self._device == "cpu" and isinstance(tensor, np.ndarray) and tensor.dtype != ml_dtypes.bfloat16:
+                binding.bind_cpu_input(name, np.ascontiguousarray(tensor))  # a third of the time of an OrtValue
+            else:
+                binding.bind_ortvalue_input(name, self._to_engine(tensor))
         # Unbound outputs come back to the CPU: state would cross the bus twice a step.
         for name in self._new:
             binding.bind_output(name, self._device)
