@@ -68,7 +68,7 @@ def test_a_recording_is_one_of_buffers_that_go_from_generation_to_generation(bun
         model.generate(**arrays(ONE), max_new_tokens=12)
         gc.collect()
     assert fixed(model)[1, 256] is before
-    assert all(len(sizes) == 1 for sizes in model.backend._buffers._kept.values())
+    assert all(len(sizes) == 1 for sizes in model.backend._pool._kept.values())
 
 
 def test_buffers_that_no_longer_stay_are_recorded_anew(bundle, monkeypatch):
@@ -78,7 +78,7 @@ def test_buffers_that_no_longer_stay_are_recorded_anew(bundle, monkeypatch):
         expected = eager(source, inputs, max_new_tokens=12)
         np.testing.assert_array_equal(model.generate(**arrays(inputs), max_new_tokens=12).sequences, expected)
         gc.collect()
-    buffers = model.backend._buffers
+    buffers = model.backend._pool
     assert len(buffers._addresses) == len(buffers._kept)
     assert buffers.stay(fixed(model)[1, 256].recorded)
 
@@ -108,7 +108,7 @@ def test_two_generations_at_once_have_buffers_of_their_own(bundle):
         expected = eager(source, prompt, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
         assert [row[index] for row in together] == expected.tolist()
     gc.collect()
-    assert all(len(sizes) == 1 for sizes in model.backend._buffers._kept.values())
+    assert all(len(sizes) == 1 for sizes in model.backend._pool._kept.values())
 
 
 def test_threads(bundle):

@@ -238,7 +238,7 @@ class OnnxProgram:
                 return done | written
             binding = self._bind(whole)
             # On a GPU an input that an operator on the CPU reads is copied when it is bound: for each call then.
-            if not made and self._device == "cpu":
+            if not made and self._pool is None:
                 buffers.bound = binding
         for name, tensor in inputs.items():
             if self._device == "cpu" and isinstance(tensor, np.ndarray) and tensor.dtype != ml_dtypes.bfloat16:
