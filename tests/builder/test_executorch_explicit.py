@@ -117,7 +117,7 @@ def test_state_in_and_out(tmp_path: Path) -> None:
         inputs = {f"past_{name.replace('.', '_')}": tensor for name, tensor in state.tensors.items()}
         found = program({"input_ids": np.array(ids), **inputs})
         outputs.append(found)
-        state.update(found, {f"present_0_{kind}": f"0.{kind}" for kind in ("value", "count", "odd")}, ())
+        state.update(found, {f"present_0_{kind}": f"0.{kind}" for kind in ("value", "count", "odd")}, {})
     assert [backend.to_numpy(item["present_0_count"]).item() for item in outputs] == [3, 4, 6]
     assert [backend.to_numpy(item["present_0_value"])[0, :, 0].tolist() for item in outputs] == [
         [3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6, 7, 9]

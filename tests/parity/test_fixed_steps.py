@@ -78,9 +78,9 @@ def test_buffers_that_no_longer_stay_are_recorded_anew(bundle, monkeypatch):
         expected = eager(source, inputs, max_new_tokens=12)
         np.testing.assert_array_equal(model.generate(**arrays(inputs), max_new_tokens=12).sequences, expected)
         gc.collect()
-    buffers = model.backend._pool
-    assert len(buffers._addresses) == len(buffers._kept)
-    assert buffers.stay(fixed(model)[1, 256].recorded)
+    pool = model.backend._pool
+    assert len(pool._addresses) == len(pool._kept)
+    assert pool.stay(fixed(model)[1, 256].recorded)
 
 
 def test_the_replay_goes_through_the_sessions_that_a_gpu_records(bundle, monkeypatch):

@@ -142,11 +142,12 @@ def test_streams_in_turns_keep_their_own_buffers(loaded, monkeypatch):
     assert len(held) == 4 * 90 and not any(buffers() for buffers in held)
 
 
-def test_buffers_that_the_program_does_not_write_are_refused(bundle, tmp_path):
-    made = shutil.copytree(bundle("qwen2", "cpu").path, tmp_path / "b")
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_state_that_the_program_does_not_give_is_refused(backend, bundle, tmp_path):
+    made = shutil.copytree(bundle("qwen2", backend).path, tmp_path / "b")
     text = (made / "manifest.json").read_text(encoding="utf-8")
     (made / "manifest.json").write_text(text.replace('"present.0.key"', '"present.00.key"'), encoding="utf-8")
-    with pytest.raises(BundleError, match=r"\.onnx: gives no present\.00\.key"):
+    with pytest.raises(BundleError, match=r"gives no present\.00\.key"):
         load_bundle(made).generate(input_ids=[[5, 6]], max_new_tokens=2)
 
 

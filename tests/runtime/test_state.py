@@ -1,5 +1,8 @@
 """State that is written in place: buffers with room, grown now and then, and exact tensors for whoever wants those."""
 
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.bundles.samples import CONTENT, manifest, program
@@ -71,6 +74,25 @@ def test_buffers_are_the_same_object_until_one_is_another():
     assert taken() is not before and not np.shares_memory(taken()["past.value"], before["past.value"])
 
 
+def test_while_buffers_grow_only_one_is_there_twice(monkeypatch):
+    entries = tuple(State(name=f"{i}", dtype="float32", shape=("batch", 2, CAPACITY, 8), axis=2) for i in range(8))
+    names, grown, alive = {f"past.{entry.name}": entry.name for entry in entries}, state._grown, []
+    made, most = state.State(entries, 1), 0
+
+    def counting(*given):
+        nonlocal most
+        array = grown(*given)
+        alive.append(weakref.ref(array))
+        most = max(most, sum(each() is not None for each in alive))
+        return array
+
+    monkeypatch.setattr(state, "_grown", counting)
+    for _ in range(3):
+        made.buffers("program", names, 500, np.asarray)
+        made.length += 500
+    assert len(alive) > 8 and most <= 9
+
+
 def test_large_parts_in_a_row_are_not_a_copy_each():
     made, sizes = state.State((ENTRY,), 1), set()
     for _ in range(16):
@@ -121,6 +143,7 @@ def test_the_pieces_of_a_prompt_find_room_for_all_of_it():
         written(made, 100)
     assert made.tensors["0.key"] is first and first.shape[2] >= 2000
     made.cut(5, np.asarray)
+    assert made.buffers("program", {"past": "0.key"}, 0, np.asarray)["past"].shape[2] >= 5
     written(made, 1)
     assert made.tensors["0.key"].shape[2] < 1000, "room for what was taken back"
 
@@ -139,6 +162,36 @@ def test_a_manifest_whose_buffer_is_no_state_of_the_program_is_refused(changes):
     assert parse_manifest(_with(program(inputs=(PAST,))))
     with pytest.raises(BundleError, match="grows along that axis"):
         parse_manifest(_with(program(**{"inputs": (PAST,)} | changes)))
+
+
+LOGITS = Output(name="logits", dtype="float32", shape=("batch", 1, 50))
+PRESENT = Output(name="present", dtype="float32", shape=("batch", 2, CAPACITY, 8), state="0.key")
+TWICE = {
+    "two outputs of a state": ({"outputs": (LOGITS, PRESENT, replace(PRESENT, name="other"))}, "each state once"),
+    "two buffers of a state": ({"inputs": (PAST, replace(PAST, name="other"))}, "each state once"),
+    "two inputs of a name": ({"inputs": (PAST, PAST)}, "distinct names"),
+    "two outputs of a name": ({"outputs": (LOGITS, LOGITS, PRESENT)}, "distinct names"),
+    "pieces beside a buffer": (
+        {
+            "inputs": (
+                PAST,
+                Input(
+                    name="pixels",
+                    dtype="float32",
+                    shape=("n", 3),
+                    source=Source(kind="user", name="pixels", options={"pieces": "each"}),
+                ),
+            )
+        },
+        "no `pieces`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), TWICE.values(), ids=TWICE)
+def test_what_a_program_can_not_have_beside_its_state(changes, message):
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(_with(program(**{"inputs": (PAST,), "outputs": (LOGITS, PRESENT)} | changes)))
 
 
 def test_a_state_grows_along_one_of_its_axes():

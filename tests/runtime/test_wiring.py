@@ -8,7 +8,7 @@ import pytest
 from tests.bundles.samples import manifest
 
 from genbundle.bundles import BundleError, EngineError, InputError
-from genbundle.bundles.manifest import Flow, Input, Output, Program, Route, Source
+from genbundle.bundles.manifest import CAPACITY, Flow, Input, Output, Program, Route, Source
 from genbundle.runtime.rewind import rewind
 from genbundle.runtime.wiring import Wiring
 
@@ -55,6 +55,21 @@ def test_more_axes_than_what_feeds_them_has(shape):
     flow, _ = wiring(("first", "token"), program("first", ("batch", "sequence")), program("token", shape))
     with pytest.raises(BundleError, match=rf"'token'.s input 'input_ids' has {len(shape)} axes in the manifest.*has 2"):
         flow.prompt(TEXT)
+
+
+def test_what_is_written_in_place_feeds_no_other_program():
+    """It is only among a program's outputs where it's another tensor than before."""
+    shape = ("batch", 2, CAPACITY, 8)
+    past = Input(name="past", dtype="float32", shape=shape, source=Source(kind="state", name="0.key"))
+    reads = Input(name="keys", dtype="float32", shape=shape, source=Source(kind="output", name="present"))
+    writes = program("first", ("batch", "sequence"), past)
+    present = Output(name="present", dtype="float32", shape=shape, state="0.key")
+    with pytest.raises(BundleError, match="needs the output 'present', which no program before it gives"):
+        wiring(
+            ("first", "token"),
+            replace(writes, outputs=(*writes.outputs, present)),
+            program("token", ("batch", 1), reads),
+        )
 
 
 def test_a_decoders_tokens_one_by_one():

@@ -104,6 +104,15 @@ def _check_program(program: Program, states: Mapping[str, State], path: str) -> 
             if value.dtype not in DTYPE_NAMES:
                 raise BundleError(f"Expected a dtype name, got {value.dtype!r} - at `{path}.{part}[{index}].dtype`")
             _check_shape(value.shape, f"{path}.{part}[{index}].shape")
+        if len({value.name for value in values}) != len(values):
+            raise BundleError(f"Expected distinct names - at `{path}.{part}`")
+    replaced = [output.state for output in program.outputs if output.state is not None]
+    written = [item.source.name for item in program.buffers]
+    for part, entries in (("outputs", replaced), ("inputs", written)):
+        if len(set(entries)) != len(entries):
+            raise BundleError(f"Expected each state once - at `{path}.{part}`")
+    if program.buffers and any(item.source.options.get("pieces") for item in program.inputs):
+        raise BundleError(f"Expected no `pieces` where state is written in place - at `{path}.inputs`")
     for index, item in enumerate(program.inputs):
         if item.source.kind in ("user", "state", "output", "prepared") and item.source.name is None:
             raise BundleError(f"Missing field `name` - at `{path}.inputs[{index}].source`")

@@ -21,8 +21,8 @@ class Buffers(dict[str, Tensor]):
 class Program(Protocol):
     """One program, called with its inputs by name; returns its outputs by name, as the engine's own tensors.
 
-    buffers: its inputs that it writes in place, where it has such. Outputs are left out that are the very tensors that
-    went in.
+    buffers: its inputs that it writes in place, all of them; None where it has none. Outputs may be left out that are
+    the very tensors that went in.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]: ...

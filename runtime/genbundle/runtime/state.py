@@ -45,15 +45,15 @@ class State:
         self.length, self.most, self._capacity, self._least = 0, most, capacity, least
         self.tensors: dict[str, Tensor] = {entry.name: _empty(entry, batch) for entry in entries}
 
-    def update(self, outputs: Mapping[str, Tensor], replaced: Mapping[str, str], in_place: Mapping[str, str]) -> None:
+    def update(self, outputs: Mapping[str, Tensor], replaced: Mapping[str, str], written: Mapping[str, str]) -> None:
         """Take a program's outputs that are state (output -> entry): tensors that replace others, and what it wrote in
         place, where that isn't the very tensor that went in."""
         for output, entry in replaced.items():
             self.tensors[entry] = outputs[output]
             if self._rooms.pop(entry, None) is not None:
                 self._held.clear()
-        for output in outputs.keys() & in_place.keys():
-            self.tensors[in_place[output]] = outputs[output]
+        for output in outputs.keys() & written.keys():
+            self.tensors[written[output]] = outputs[output]
             self._held.clear()
 
     def buffers(
@@ -71,16 +71,17 @@ class State:
         few_sizes: rooms are powers of two, or the capacity, for programs that are made ready for each.
         """
         held, room = self._held.get(program, (None, 0))
-        if held is None or room < max(self.length + new, self._least):
-            held = Buffers(
-                (name, self._buffer(entry, new, to_numpy, few_sizes=few_sizes)) for name, entry in names.items()
-            )
-            self._held[program] = held, min(self._rooms[entry] for entry in names.values())
-        return held
+        if held is not None and room >= max(self.length + new, self._least):
+            return held
+        del held
+        self._held.pop(program, None)  # else all the old tensors would live until all the new ones are made
+        made = Buffers((name, self._buffer(entry, new, to_numpy, few_sizes=few_sizes)) for name, entry in names.items())
+        self._held[program] = made, min(self._rooms[entry] for entry in names.values())
+        return made
 
     def _buffer(self, name: str, new: int, to_numpy: Callable[[Tensor], np.ndarray], *, few_sizes: bool) -> Tensor:
         needed = max(self.length + new, self._least)
-        if self._rooms.get(name, self.length) < needed:
+        if name not in self._rooms or self._rooms[name] < needed:
             if few_sizes:
                 room = max(_SMALLEST_ROOM, 1 << (needed - 1).bit_length())
                 room = room if self._capacity is None else max(needed, min(room, self._capacity))

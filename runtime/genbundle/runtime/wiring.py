@@ -35,12 +35,12 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wires:
+class Wires:
     """A program's entry, sorted once by what a call asks of it: a step has two inputs and outputs for each layer.
 
-    buffers: its inputs that it writes in place, with the state entry's name; others: the rest of them. replaced,
-    in_place: its outputs that are state, with the entry's name. keys: what rules' values are kept under, by input.
-    to_room: whether its mask is as long as its buffers.
+    buffers: its inputs that it writes in place, with the state entry's name; others: the rest of them. written,
+    replaced: its outputs that are state, in place or not, with the entry's name. keys: what rules' values are kept
+    under, by input. to_room: whether its mask is as long as its buffers.
     """
 
     entry: ProgramEntry
@@ -48,12 +48,12 @@ class _Wires:
     buffers: Mapping[str, str]
     others: tuple[Input, ...]
     replaced: Mapping[str, str]
-    in_place: Mapping[str, str]
+    written: Mapping[str, str]
     keys: Mapping[str, str]
     to_room: bool
 
     @classmethod
-    def of(cls, entry: ProgramEntry) -> "_Wires":
+    def of(cls, entry: ProgramEntry) -> "Wires":
         buffers = {item.name: item.source.name or "" for item in entry.buffers}
         states = {item.name: item.state for item in entry.outputs if item.state is not None}
         in_place = entry.in_place
@@ -63,7 +63,7 @@ class _Wires:
             buffers=buffers,
             others=tuple(item for item in entry.inputs if item.name not in buffers),
             replaced={name: state for name, state in states.items() if name not in in_place},
-            in_place={name: state for name, state in states.items() if name in in_place},
+            written={name: state for name, state in states.items() if name in in_place},
             keys={item.name: _key(item.source) for item in entry.inputs if item.source.rule is not None},
             to_room=entry.attends_to_room,
         )
@@ -74,7 +74,7 @@ class Wiring:
 
     def __init__(self, manifest: Manifest, backend: Backend):
         self.manifest, self.backend = manifest, backend
-        self._wires = {program.name: _Wires.of(program) for program in manifest.programs}
+        self._wires = {program.name: Wires.of(program) for program in manifest.programs}
         self.routes = Routes(manifest)
         # Programs that keep their state inside hold one generation's: the last that began.
         kinds = [{item.source.kind for item in program.inputs} for program in manifest.programs]
@@ -139,7 +139,7 @@ class Wiring:
                 sequences.mask = before
                 raise
 
-    def wires(self, name: str) -> _Wires:
+    def wires(self, name: str) -> Wires:
         """What goes into a program and comes out of it."""
         return self._wires[name]
 
@@ -171,7 +171,8 @@ class Wiring:
                         raise BundleError(
                             f"{name!r} needs the output {item.source.name!r}, which no program before it gives"
                         )
-                given |= {output.name for output in self._wires[name].entry.outputs}
+                # What is written in place is only given where it's another tensor than before.
+                given |= {output.name for output in self._wires[name].entry.outputs} - self._wires[name].written.keys()
             if "logits" not in given:
                 raise BundleError(f"the programs {list(names)} give no logits")
 
@@ -255,9 +256,9 @@ class _Call:
         self.values.update(outputs)
         if "encoder" in wires.entry.roles:
             self._check_placeholders(wires.entry, outputs)
-        self.sequences.state.update(outputs, wires.replaced, wires.in_place)
+        self.sequences.state.update(outputs, wires.replaced, wires.written)
 
-    def _part(self, item: Input, wires: _Wires) -> Tensor:
+    def _part(self, item: Input, wires: Wires) -> Tensor:
         """The value of one program input; where one token goes through the program, what belongs to it.
 
         That is its place along axes of one that are as long as the prompt, and all until there along those that grow.
@@ -278,7 +279,7 @@ class _Call:
                 array = array[(slice(None),) * axis + (places,)]
         return np.ascontiguousarray(array)
 
-    def value(self, item: Input, wires: _Wires) -> Tensor:
+    def value(self, item: Input, wires: Wires) -> Tensor:
         """The value of one program input."""
         source = item.source
         if source.kind == "state":
@@ -300,14 +301,14 @@ class _Call:
             return np.full(sizes, source.value, numpy_dtype(item.dtype))
         return self._user(item, wires)
 
-    def _mask(self, item: Input, wires: _Wires) -> np.ndarray:
+    def _mask(self, item: Input, wires: Wires) -> np.ndarray:
         mask = self.sequences.mask
         if CAPACITY not in item.shape:
             return mask
         room = self.sequences.state.room(next(iter(wires.buffers.values())))
         return np.pad(mask, ((0, 0), (0, room - mask.shape[1])))
 
-    def _buffers(self, wires: _Wires) -> Buffers:
+    def _buffers(self, wires: Wires) -> Buffers:
         """What a program writes in place."""
         name, new, to_numpy = wires.entry.name, self.tokens.shape[1], self.wiring.backend.to_numpy
         return self.sequences.state.buffers(name, wires.buffers, new, to_numpy, few_sizes=wires.to_room)
@@ -316,7 +317,7 @@ class _Call:
         options = item.source.options
         return not options.get("unread") and (not options.get("optional") or item.source.name in self.inputs)
 
-    def _user(self, item: Input, wires: _Wires) -> np.ndarray:
+    def _user(self, item: Input, wires: Wires) -> np.ndarray:
         array = self.inputs.get(item.source.name or "")
         if array is None:
             raise InputError(

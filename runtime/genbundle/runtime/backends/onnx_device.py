@@ -42,7 +42,7 @@ def on_device(value: Any, array: np.ndarray, device: str) -> Any:
 
 def overwrite(target: Any, array: np.ndarray) -> None:
     """Copy `array` to where the OrtValue `target` lies."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     # numpy has no bfloat16 that ONNX Runtime knows; the bytes are the same.
     target.update_inplace(array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
 

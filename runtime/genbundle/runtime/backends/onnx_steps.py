@@ -41,8 +41,8 @@ class FixedSteps:
     """A program's steps, with a session for each number of sequences and size of buffers.
 
     open_session: gives a session for these sizes of the graph's axes, or raises where the engine has none that can be
-    recorded; steps then go on without. buffers: those that stay, of which a step is recorded; others' steps run in the
-    same session as they are. Calls come one at a time.
+    recorded; steps then go on without. pool: the buffers that stay, of which a step is recorded; others' steps run in
+    the same session as they are. Calls come one at a time.
     """
 
     def __init__(

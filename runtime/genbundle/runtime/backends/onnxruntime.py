@@ -161,8 +161,13 @@ class OnnxRuntimeBackend:
         return options
 
     def _check_outputs(self, session: Any, entry: Program) -> None:
-        """BundleError where the manifest has outputs that the program lacks: their buffers would stay as they are."""
-        missing = {output.name for output in entry.outputs} - {output.name for output in session.get_outputs()}
+        """BundleError where the manifest has outputs that the program lacks: their buffers would stay as they are; and
+        for an output that is an input: ONNX Runtime gives its memory back as it came, for nobody to keep."""
+        given = {output.name for output in session.get_outputs()}
+        missing = {output.name for output in entry.outputs} - given
+        if handed_on := given & {item.name for item in session.get_inputs()}:
+            file, names = self._bundle.file(entry.file), ", ".join(sorted(handed_on))
+            raise BundleError(f"{file}: the output {names} is an input, which the runtime needs no program for")
         if missing:
             raise BundleError(f"{self._bundle.file(entry.file)}: gives no {', '.join(sorted(missing))}, as it should")
 
@@ -218,6 +223,9 @@ class OnnxProgram:
         self._pool, self._steps, self._lock = pool, steps, lock or nullcontext()
         self.outputs = [output.name for output in session.get_outputs()]
         self._new = [name for name in self.outputs if name not in in_place]
+        # On a GPU an input that an operator on the CPU reads is copied when it is bound: for each call then. Steps of
+        # fixed sizes have bindings of their own.
+        self._keeps_bindings = device == "cpu" and steps is None
 
     def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]:
         """Run the program."""
@@ -228,21 +236,24 @@ class OnnxProgram:
             raise EngineError(f"ONNX Runtime failed in the program {self.name!r}: {error}") from error
 
     def _run(self, inputs: Mapping[str, Tensor], buffers: Buffers) -> dict[str, Tensor]:
-        binding, written = buffers.bound, {}
-        if binding is None:
-            arrays = {name: tensor for name, tensor in buffers.items() if isinstance(tensor, np.ndarray)}
-            made = {name: self._to_buffer(name, array) for name, array in arrays.items()}
-            whole = {**buffers, **made}
-            written = {name: made[source] for name, source in self._in_place.items() if source in made}
-            if self._steps is not None and (done := self._steps({**inputs, **whole})) is not None:
-                return done | written
-            binding = self._bind(whole)
-            # On a GPU an input that an operator on the CPU reads is copied when it is bound: for each call then.
-            if not made and self._pool is None:
-                buffers.bound = binding
+        if buffers.bound is not None:
+            return self._run_bound(buffers.bound, inputs)
+        arrays = {name: tensor for name, tensor in buffers.items() if isinstance(tensor, np.ndarray)}
+        made = {name: self._to_buffer(name, array) for name, array in arrays.items()}
+        whole = {**buffers, **made}
+        written = {name: made[source] for name, source in self._in_place.items() if source in made}
+        if self._steps is not None and (done := self._steps({**inputs, **whole})) is not None:
+            return done | written
+        binding = self._bind(whole)
+        if self._keeps_bindings and not made:
+            buffers.bound = binding
+        return self._run_bound(binding, inputs) | written
+
+    def _run_bound(self, binding: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run it with what `_bind` bound, and `inputs`: the outputs that aren't written in place."""
         for name, tensor in inputs.items():
             if self._device == "cpu" and isinstance(tensor, np.ndarray) and tensor.dtype != ml_dtypes.bfloat16:
-                binding.bind_cpu_input(name, np.ascontiguousarray(tensor))  # a third of the time of an OrtValue
+                binding.bind_cpu_input(name, np.asarray(tensor, order="C"))  # a third of the time of an OrtValue
             else:
                 binding.bind_ortvalue_input(name, self._to_engine(tensor))
         # Unbound outputs come back to the CPU: state would cross the bus twice a step.
@@ -252,7 +263,7 @@ class OnnxProgram:
         # Each a handle of its own, which outlives the binding's. What was bound as an output would come back as a
         # handle that doesn't keep a numpy array's memory.
         found = binding.get_outputs_as_ortvaluevector()
-        return written | {name: self._value(found[len(self._in_place) + place]) for place, name in enumerate(self._new)}
+        return {name: self._value(found[len(self._in_place) + place]) for place, name in enumerate(self._new)}
 
     def _bind(self, buffers: Mapping[str, Any]) -> Any:
         """A binding that has the buffers, each as input and output, and before all other outputs."""
@@ -271,4 +282,4 @@ class OnnxProgram:
             return tensor
         if tensor.dtype == ml_dtypes.bfloat16:
             return on_device(self._value, tensor, self._device)
-        return self._value.ortvalue_from_numpy(np.ascontiguousarray(tensor), self._device)
+        return self._value.ortvalue_from_numpy(np.asarray(tensor, order="C"), self._device)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from genbundle.bundles import Bundle, BundleError, EngineError, MissingExtraError
+from genbundle.bundles.manifest import Program
 from genbundle.runtime.backends.torch_archive import checked_archive
 from genbundle.runtime.backends.torch_compiled import compiled_module
 from genbundle.runtime.backends.torch_operators import register_operators
@@ -63,7 +64,8 @@ class TorchBackend:
 
     def _open(self, name: str) -> "TorchProgram":
         torch, bundle = self._torch, self._bundle
-        file = bundle.file(bundle.manifest.program(name).file)
+        entry = bundle.manifest.program(name)
+        file = bundle.file(entry.file)
         archive = checked_archive(file, torch)
         # It warns of symbols that only guards mention, which aren't evaluated here.
         log = logging.getLogger("torch")
@@ -88,9 +90,9 @@ class TorchBackend:
         if self._compiled:
             where = f"{bundle.path}: the program {name!r}"
             module = compiled_module(torch, exported, archive=archive.getvalue(), device=self.device, program=where)
-            return TorchProgram(torch, module, name, self.device)
+            return TorchProgram(torch, module, entry, self.device)
         # The manifest's shapes are checked before; torch's own guards would be evaluated in Python on every step.
-        return TorchProgram(torch, exported.module(check_guards=False), name, self.device)
+        return TorchProgram(torch, exported.module(check_guards=False), entry, self.device)
 
     def _weight(self, name: str | None) -> Any:
         """A weight of the shared file, mapped once, and moved to the device once, however many programs read it."""
@@ -119,23 +121,28 @@ def _weight_names(path: Path) -> dict[str, str]:
 class TorchProgram:
     """One loaded program: numpy arrays or tensors in, tensors out."""
 
-    def __init__(self, torch: Any, module: Any, name: str, device: str):
-        self._torch, self._module, self._name, self._device = torch, module, name, device
+    def __init__(self, torch: Any, module: Any, entry: Program, device: str):
+        self._torch, self._module, self._name, self._device = torch, module, entry.name, device
+        self._outputs = {output.name for output in entry.outputs}
 
     def __call__(self, inputs: Mapping[str, Tensor], buffers: Buffers | None = None) -> dict[str, Tensor]:
         """Run the program."""
         feeds = {name: self._to_engine(tensor) for name, tensor in {**inputs, **(buffers or {})}.items()}
         try:
             with self._torch.inference_mode():
-                return self._module(**feeds)
+                found = self._module(**feeds)
         except Exception as error:  # an operator's own exception type, a guard, a kernel: torch has no common base
             raise EngineError(
                 f"torch failed in the program {self._name!r}: {str(error).partition(chr(10))[0]}"
             ) from error
+        missing = self._outputs - found.keys()
+        if missing:
+            raise BundleError(f"the program {self._name!r} gives no {', '.join(sorted(missing))}, as it should")
+        return found
 
     def _to_engine(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, np.ndarray):
             return tensor
         if not tensor.flags.writeable:
             tensor = tensor.copy()  # torch warns of read-only memory
-        return self._torch.from_numpy(np.ascontiguousarray(tensor)).to(self._device)
+        return self._torch.from_numpy(np.asarray(tensor, order="C")).to(self._device)
