@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 CONTEXTS = (128, 900)
@@ -108,8 +109,8 @@ ALONE = -1
 
 
 def runtime(bundle: str) -> Turn:
-    """The runtime's loop over a bundle's programs; the step's alone on fixed inputs, nothing around it, for ALONE. Both
-    in one process: what an engine copies lies elsewhere in each, and is read faster or slower for that."""
+    """The runtime's loop over a bundle's programs; for ALONE the last step's program once more, nothing around it. Both
+    in one process and on the same tensors: those that lie elsewhere are read faster or slower for that, by a tenth."""
     import numpy as np
 
     from genbundle.runtime import load_bundle
@@ -118,51 +119,40 @@ def runtime(bundle: str) -> Turn:
     model = load_bundle(bundle, threads=THREADS)
     for entry in model.bundle.manifest.programs:
         model.backend.program(entry.name)  # opened at its first call otherwise
-    seconds, stream = time.perf_counter() - started, iter(())
-    rng, program, alone = np.random.default_rng(0), model.backend.program(model.bundle.manifest.flow.step[-1]), None
+    seconds, stream, rng = time.perf_counter() - started, iter(()), np.random.default_rng(0)
+    run, last = _watched(model.backend.program(model.bundle.manifest.flow.step[-1]))
     while True:
         context = yield seconds
         if context > 0:
             count = 2 + TURNS * STEPS
-            ids, alone = rng.integers(5, 1900, (1, context)), None
+            ids = rng.integers(5, 1900, (1, context))
             stream = model.stream(input_ids=ids, max_new_tokens=count, eos_token_id=())
-            last = context
-        elif context == ALONE and alone is None:
-            alone = _bound_session(program, last) if hasattr(program, "session") else _bound_method(program, last)
+            last.clear()  # it holds the last sequence's state
         started = time.perf_counter()
-        alone() if context == ALONE else next(stream)
+        run(*last) if context == ALONE else next(stream)
         seconds = time.perf_counter() - started
 
 
-def _bound_session(program: Any, context: int) -> Callable[[], Any]:
-    """A run of an ONNX step in the middle of those behind `context` tokens, with everything bound once."""
-    import numpy as np
-    import onnxruntime
+def _watched(program: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """What runs a program inside its engine, and what it was last given, from now on."""
+    last: list[Any] = []
 
-    session, context = program.session, context + TURNS * STEPS // 2
-    value, binding, kept = onnxruntime.OrtValue.ortvalue_from_numpy, session.io_binding(), {}
-    for item in session.get_inputs():
-        if item.name.startswith("past"):
-            # Written once: zeros that nobody wrote are one page of the system's, read from the processor's caches.
-            kept[item.name] = value(np.full((1, item.shape[1], context + 1, item.shape[3]), 0.01, np.float32))
-        else:
-            length = context + 1 if item.name == "attention_mask" else 1
-            number = context if item.name == "position_ids" else 1
-            kept[item.name] = value(np.full((1, length), number, np.int64))
-        binding.bind_ortvalue_input(item.name, kept[item.name])
-    for item in session.get_outputs():
-        past = item.name.replace("present", "past_key_values")
-        binding.bind_ortvalue_output(item.name, kept[past]) if past in kept else binding.bind_output(item.name)
-    return lambda kept=kept: session.run_with_iobinding(binding)  # a binding doesn't keep numpy's memory
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        def running(*given: Any) -> Any:
+            last[:] = given
+            return run(*given)
 
+        return running
 
-def _bound_method(program: Any, context: int) -> Callable[[], Any]:
-    """The same of a .pte, which keeps the state itself."""
-    import torch
-
-    # It writes over one of the loop's tokens, which changes what the loop says and not how long it takes.
-    token, start = torch.full((1, 1), 7), torch.tensor([context])
-    return lambda: program._method.execute([token, start])
+    if hasattr(program, "session"):
+        run = program.session.run_with_iobinding
+        program.session.run_with_iobinding = watched(run)
+    elif hasattr(program, "_method"):
+        run = program._method.execute
+        program._method = SimpleNamespace(execute=watched(run))
+    else:
+        run = program  # nobody asks for it alone
+    return run, last
 
 
 def work(function: str, argument: str) -> None:
@@ -211,14 +201,14 @@ def side_by_side(workers: dict[str, Worker], alone: Collection[str], context: in
     times: dict[str, list[float]] = {}
     for worker in workers.values():
         worker.step(context)
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         for name, worker in workers.items():
             time.sleep(PAUSE)
-            worker.step()
-            times.setdefault(name, []).extend(worker.step() for _ in range(STEPS - 1))
-            if name in alone:
-                worker.step(ALONE)
-                times.setdefault(f"{name} alone", []).extend(worker.step(ALONE) for _ in range(STEPS - 1))
+            # Who comes second finds the processor awake.
+            kinds = [(f"{name} alone", ALONE), (name, 0)][:: 1 if turn % 2 else -1] if name in alone else [(name, 0)]
+            for kind, what in kinds:
+                worker.step(what)
+                times.setdefault(kind, []).extend(worker.step(what) for _ in range(STEPS - 1))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -124,14 +124,16 @@ class Wiring:
 
     def step(self, tokens: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Append `tokens` `[batch, new]` to the sequences; logits `[batch, vocabulary]` of the last one."""
-        before, ones = sequences.mask, np.ones(tokens.shape, sequences.mask.dtype)
+        before, (batch, new) = sequences.mask, tokens.shape
+        length = before.shape[1]
         with self._one_at_a_time:
             if self._stateful and self._running is not sequences:
                 raise EngineError(
                     "another generation began on this model meanwhile, and its programs keep the state of one: finish "
                     "each before the next, or load the bundle once more for the other"
                 )
-            sequences.mask = np.concatenate([before, ones], axis=1)
+            sequences.mask = np.empty((batch, length + new), before.dtype)
+            sequences.mask[:, :length], sequences.mask[:, length:] = before, 1
             try:
                 return _Call(self, sequences.inputs, sequences, tokens, first=False).run(self.manifest.flow.step)
             except BaseException:
@@ -185,8 +187,11 @@ class Wiring:
 def _known_tokens(tokens: np.ndarray, source: Source) -> np.ndarray:
     """Token ids; InputError for one that the program has no row for, where its engine wouldn't see that."""
     below = source.options.get("below")
-    if below is not None and tokens.max(initial=0) >= below:
-        raise InputError(f"token ids up to {int(tokens.max())}, this bundle knows those below {below}")
+    if below is None:
+        return tokens
+    largest = tokens.item() if tokens.size == 1 else tokens.max(initial=0)
+    if largest >= below:
+        raise InputError(f"token ids up to {largest}, this bundle knows those below {below}")
     return tokens
 
 
@@ -339,8 +344,8 @@ class _Call:
                 with _refusing(f"position ids ({rule})"):
                     self.positions[key] = np.ascontiguousarray(position_ids(rule, self.inputs, source.options))
             else:
-                last = self.sequences.positions[key]
-                self.positions[key] = last + np.arange(1, self.tokens.shape[1] + 1, dtype=np.int64)
+                last, new = self.sequences.positions[key], self.tokens.shape[1]
+                self.positions[key] = last + (1 if new == 1 else np.arange(1, new + 1, dtype=np.int64))
         return self.positions[key]
 
     def _prepare(self, source: Source, key: str) -> dict[str, np.ndarray]:

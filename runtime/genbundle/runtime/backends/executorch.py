@@ -51,6 +51,7 @@ class ExecuTorchBackend:
         self._runtime, self._bundle = runtime, bundle
         self._files: dict[str, Any] = {}
         self._methods: dict[tuple[str, str], Any] = {}
+        self._programs: dict[str, ExecuTorchProgram] = {}
         self._lock = threading.Lock()  # a method's memory is one: two threads in it would mix their tensors
 
     def program(self, name: str) -> "ExecuTorchProgram":
@@ -58,11 +59,13 @@ class ExecuTorchBackend:
 
         Programs that share a method share its state, which a decoder keeps between calls.
         """
-        entry = self._bundle.manifest.program(name)
-        method = entry.method or "forward"
-        if (entry.file, method) not in self._methods:
-            self._methods[entry.file, method] = self._load(entry.file, method)
-        return ExecuTorchProgram(entry, self._methods[entry.file, method], self._lock)
+        if name not in self._programs:
+            entry = self._bundle.manifest.program(name)
+            method = entry.method or "forward"
+            if (entry.file, method) not in self._methods:
+                self._methods[entry.file, method] = self._load(entry.file, method)
+            self._programs[name] = ExecuTorchProgram(entry, self._methods[entry.file, method], self._lock)
+        return self._programs[name]
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """A torch tensor (or a numpy array) as a numpy array over the same memory."""
