@@ -54,6 +54,7 @@ class Wires:
 
     @classmethod
     def of(cls, entry: ProgramEntry) -> "Wires":
+        """Those of a program."""
         buffers = {item.name: item.source.name or "" for item in entry.buffers}
         states = {item.name: item.state for item in entry.outputs if item.state is not None}
         in_place = entry.in_place
