@@ -57,6 +57,14 @@ def test_more_axes_than_what_feeds_them_has(shape):
         flow.prompt(TEXT)
 
 
+def test_a_number_without_axes_goes_in_as_one():
+    scale = Input(name="scale", dtype="float32", shape=(), source=Source(kind="user", name="scale"))
+    flow, backend = wiring(("first",), program("first", ("batch", "sequence"), scale))
+    flow.prompt({**TEXT, "scale": np.full((), 2, np.float64)})
+    given = backend.calls[0][1]["scale"]
+    assert given.shape == () and given.dtype == np.float32 and given == 2
+
+
 def test_what_is_written_in_place_feeds_no_other_program():
     """It is only among a program's outputs where it's another tensor than before."""
     shape = ("batch", 2, CAPACITY, 8)

@@ -335,7 +335,7 @@ class _Call:
         )
         if not fits:
             raise InputError(f"{item.source.name}: expected shape {list(shape)}, got {list(array.shape)}")
-        return _known_tokens(np.ascontiguousarray(array, dtype), item.source)
+        return _known_tokens(np.asarray(array, dtype, order="C"), item.source)
 
     def _positions(self, source: Source, key: str) -> np.ndarray:
         rule = source.rule or ""
