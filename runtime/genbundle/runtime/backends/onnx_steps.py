@@ -56,22 +56,21 @@ class FixedSteps:
         self._steps: OrderedDict[tuple, _FixedStep] = OrderedDict()
         self._refused: set[tuple] = set()
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def __call__(self, arrays: Mapping[str, Tensor], buffers: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The outputs that aren't written in place; None where this call isn't one of these steps.
 
-        inputs: numpy arrays, but for the buffers, which are OrtValues on the device.
+        arrays: the inputs beside the buffers, numpy arrays. buffers: OrtValues on the device.
         """
-        arrays = {name: tensor for name, tensor in inputs.items() if name not in self._names}
-        if not all(name in inputs for name in self._names) or not all(map(self._fits, arrays, arrays.values())):
+        if not all(name in buffers for name in self._names) or not all(map(self._fits, arrays, arrays.values())):
             return None
-        sizes = self._sizes(inputs)
+        sizes = self._sizes({**arrays, **buffers})
         if sizes.get("sequence", 1) != 1:
             return None
         key = tuple(sorted(sizes.items()))
         if key in self._refused or not self._ready(key, sizes):
             return None
         self._steps.move_to_end(key)
-        step, buffers = self._steps[key], {name: inputs[name] for name in self._names}
+        step = self._steps[key]
         where = tuple(buffer.data_ptr() for buffer in buffers.values())
         stay = self._pool.stay(where)
         if stay and step.recorded not in (None, where):

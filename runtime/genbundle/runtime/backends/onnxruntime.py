@@ -242,7 +242,7 @@ class OnnxProgram:
         made = {name: self._to_buffer(name, array) for name, array in arrays.items()}
         whole = {**buffers, **made}
         written = {name: made[source] for name, source in self._in_place.items() if source in made}
-        if self._steps is not None and (done := self._steps({**inputs, **whole})) is not None:
+        if self._steps is not None and (done := self._steps(inputs, whole)) is not None:
             return done | written
         binding = self._bind(whole)
         if self._keeps_bindings and not made:
