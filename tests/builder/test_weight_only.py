@@ -93,6 +93,26 @@ def test_products_and_tables(width, bits, error):
     assert sum(tensor.nbytes for tensor in tied if tensor.dtype == ir.DataType.FLOAT) * 8 / (ROWS * width) <= 1
 
 
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_zero_points_where_rounding_gains_by_them(bits, error, skewed):
+    """Numbers evenly around zero need none; the middle that operators take instead is the one meant. Others do."""
+    table = np.random.default_rng(0).uniform(0.0 if skewed else -1.0, 1.0, (ROWS, 192)).astype(np.float32)
+    feeds = {"x": random(5, 192), "ids": np.array([0, 7, 49]), "places": np.array([0])}
+
+    def both() -> ir.Model:
+        values = graph(192, tied=table)
+        share = {"transB": 1, "alpha": 1.0}
+        product = ir.node("FusedMatMul", [values["x"], values["tied"]], attributes=share, domain="com.microsoft")
+        return model(values, [product, ir.node("Gather", [values["tied"], values["ids"]])])
+
+    rounded = both()
+    assert quantize_weights(rounded, bits, tokens=["ids"]).modified
+    assert any(name.endswith("zero_points") for name in rounded.graph.initializers) == skewed
+    for want, got in zip(run(both(), feeds), run(rounded, feeds), strict=True):
+        assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < error
+
+
 def test_rows_that_no_block_divides():
     """A product's last block is padded; a table can't be, and keeps its head as well."""
     width = 72
