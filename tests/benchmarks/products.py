@@ -1,8 +1,9 @@
-"""What a step's products by weights cost the engines, and nothing else: python -m tests.benchmarks.products BUNDLE
+"""What products by weights cost the engines, and nothing else: python -m tests.benchmarks.products BUNDLE [--tokens N]
 
-The matrices of a `cpu` fp32 bundle by one token each: the floor under what a program does besides. ONNX Runtime reads
-them where they are mapped, in every form that a graph can give them; XNNPACK packs them first, its one form. All take
-turns in one process. Numbers are as they lie in the file: what a product reads is the same, whatever it means.
+The matrices of a `cpu` fp32 bundle by one token each: the floor under what a step does besides; with `--tokens` a
+prompt's, without the head. ONNX Runtime reads them where they are mapped, in every form that a graph can give them;
+XNNPACK packs them first, its one form; at int4 both have them rounded as bundles do. All take turns in one process. In
+other forms than its own a matrix means something else, but a product reads as much.
 """
 
 import argparse
@@ -92,11 +93,11 @@ def rounded_onnx_products(weights: list[np.ndarray], tokens: int) -> Callable[[]
         tensor = ir.tensor(weight, name=f"weight_{number}")
         matrix = ir.val(f"weight_{number}", dtype=tensor.dtype, shape=weight.shape, const_value=tensor)
         nodes.append(form.product(inputs[name], matrix))
-    return session_of(list(inputs.values()), nodes, feeds, rounded=True)
+    return session_of(list(inputs.values()), nodes, feeds, four_bits=True)
 
 
 def session_of(
-    inputs: list[ir.Value], nodes: list[ir.Node], feeds: dict[str, onnxruntime.OrtValue], *, rounded: bool = False
+    inputs: list[ir.Value], nodes: list[ir.Node], feeds: dict[str, onnxruntime.OrtValue], *, four_bits: bool = False
 ) -> Callable[[], Any]:
     """A session of these nodes, each of which is an output."""
     for number, node in enumerate(nodes):
@@ -107,7 +108,7 @@ def session_of(
         inputs, outputs, nodes=nodes, initializers=weights, opset_imports={"": 18, "com.microsoft": 1}, name="products"
     )
     model = ir.Model(graph, ir_version=10)
-    if rounded:
+    if four_bits:
         quantize_weights(model, 4)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = THREADS, 3
@@ -167,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens, weights = arguments.tokens, matrices(arguments.bundle)
     if tokens > 1:  # a prompt multiplies the head, the largest, by its last token alone
-        weights = sorted(weights, key=lambda weight: weight.nbytes)[:-1]
+        weights.pop(max(range(len(weights)), key=lambda place: weights[place].nbytes))
     size = sum(weight.nbytes for weight in weights)
     products = {
         "XNNPACK, packed at opening": xnnpack_products(weights, tokens, "fp32"),
@@ -182,10 +183,11 @@ def main() -> None:
             started = time.perf_counter()
             product()
             times[name].append(time.perf_counter() - started)
-    print(f"{len(weights)} matrices, {size / 1e9:.2f} GB, by {tokens} tokens")
+    print(f"{len(weights)} matrices, {size / 1e9:.2f} GB at float32, by {tokens} tokens")
     for name, seconds in times.items():
         middle, (low, *_, high) = statistics.median(seconds), statistics.quantiles(seconds, n=10)
-        print(f"{name}: {1e3 * middle:.1f} ms ({1e3 * low:.1f}-{1e3 * high:.1f})")
+        speed = "" if "int4" in name else f", {size / middle / 1e9:.1f} GB/s"
+        print(f"{name}: {1e3 * middle:.1f} ms ({1e3 * low:.1f}-{1e3 * high:.1f}){speed}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,6 @@ def everything(width: int) -> ir.Model:
     )
 
 
-# 96 has an odd number of blocks of 32, 64 one block, 192 three of 64: zero points of 4 bits stand in half a byte.
 @pytest.mark.parametrize("width", [64, 96, 192, 128])
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
 def test_products_and_tables(width, bits, error):
@@ -93,24 +92,41 @@ def test_products_and_tables(width, bits, error):
     assert sum(tensor.nbytes for tensor in tied if tensor.dtype == ir.DataType.FLOAT) * 8 / (ROWS * width) <= 1
 
 
-@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
+# 96 has an odd number of blocks of 32, 64 one block, 192 three of 64: zero points of 4 bits stand in half a byte.
+@pytest.mark.parametrize("width", [64, 96, 192, 128])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("skewed", [False, True])
-def test_zero_points_where_rounding_gains_by_them(bits, error, skewed):
-    """Numbers evenly around zero need none; the middle that operators take instead is the one meant. Others do."""
-    table = np.random.default_rng(0).uniform(0.0 if skewed else -1.0, 1.0, (ROWS, 192)).astype(np.float32)
-    feeds = {"x": random(5, 192), "ids": np.array([0, 7, 49]), "places": np.array([0])}
+def test_zero_points_at_4_bits_where_a_matrix_is_skewed(width, tokens, skewed):
+    """The middle that operators take where they are left out is the one meant. One token has kernels of its own."""
+    table = np.random.default_rng(0).uniform(0.0 if skewed else -1.0, 1.0, (ROWS, width)).astype(np.float32)
+    feeds = {"x": random(tokens, width), "ids": np.array([0, 7, 49]), "places": np.array([0])}
 
     def both() -> ir.Model:
-        values = graph(192, tied=table)
+        values = graph(width, tied=table, columns=np.ascontiguousarray(table.T))
         share = {"transB": 1, "alpha": 1.0}
         product = ir.node("FusedMatMul", [values["x"], values["tied"]], attributes=share, domain="com.microsoft")
-        return model(values, [product, ir.node("Gather", [values["tied"], values["ids"]])])
+        looked_up = ir.node("Gather", [values["tied"], values["ids"]])
+        return model(values, [product, looked_up, ir.node("MatMul", [values["x"], values["columns"]])])
 
     rounded = both()
-    assert quantize_weights(rounded, bits, tokens=["ids"]).modified
-    assert any(name.endswith("zero_points") for name in rounded.graph.initializers) == skewed
+    assert quantize_weights(rounded, 4, tokens=["ids"]).modified
+    stored = {name: value.const_value for name, value in rounded.graph.initializers.items()}
+    assert ("tied_4bit_zero_points" in stored) == ("columns_4bit_zero_points" in stored) == skewed
+    for name, tensor in stored.items():  # whichever way a matrix lies
+        if name.startswith("columns"):
+            assert tensor.tobytes() == stored[name.replace("columns", "tied")].tobytes()
     for want, got in zip(run(both(), feeds), run(rounded, feeds), strict=True):
-        assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < error
+        assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < 0.2
+
+
+def test_zero_points_where_every_second_row_is_skewed():
+    rng = np.random.default_rng(0)
+    matrix = rng.uniform(-1.0, 1.0, (2000, 64)).astype(np.float32)
+    matrix[1::2] = rng.uniform(0.5, 1.5, (1000, 64))
+    made = graph(64, matrix=matrix)
+    made = model(made, [ir.node("FusedMatMul", [made["x"], made["matrix"]], attributes={"transB": 1},
+                                domain="com.microsoft")])  # fmt: skip
+    assert quantize_weights(made, 4).modified and "matrix_4bit_zero_points" in made.graph.initializers
 
 
 def test_rows_that_no_block_divides():

@@ -27,7 +27,7 @@ def lengths(bundle):
 def test_a_tied_text_model_on_cpu(precision, divergence, share, bundle, tmp_path, capsys):
     whole, small = bundle("llama_tied"), built("llama_tied", "cpu", tmp_path / "b", precision=precision)
     assert lengths(small) < share * lengths(whole)
-    # No copy of the table for the head, at 8 or 4 bits with a scale and a zero point for each block.
+    # No copy of the table for the head, at 8 or 4 bits with what each block has besides.
     bits = {"int8": 8 + 0.7, "int4": 4 + 0.7}[precision]
     assert small.manifest.model.weight_bytes < whole.manifest.model.parameters * bits / 8
     assert (small.manifest.precision, small.manifest.program("decode").precision) == (precision, precision)

@@ -12,12 +12,13 @@ from genbundle.builder.passes.insertion import take_place
 from genbundle.builder.weights import SHARED_FROM_BYTES
 
 # The largest that divides a row is taken; each block has a float32 scale. 64 at 4 bits are 4.5 bits a weight, as many
-# as a q4_0 GGUF has with its scales of 16 bits for 32.
+# as a q4_0 GGUF has with its scales of 16 bits for 32, which are a tenth nearer to normally distributed weights.
 BLOCKS = {4: (64, 32, 16), 8: (128, 64, 32, 16)}
-# Blocks have zero points too where without them a matrix's rounding error (root mean square) is more than this many
-# times as large: for normally distributed weights it is 1.04 times at 4 bits, and a product by one token takes a fifth
-# less time where the processor has AVX2 and no more.
-ZERO_POINTS_FROM = 1.05
+# At 8 bits blocks have zero points. At 4 those of a matrix whose rounding error (root mean square) is more than this
+# many times as large without: clearly skewed ones. In blocks of 64 it is 1.04 times for normally distributed weights,
+# 1.11 for Laplace's; the included model loses nothing by it, and on a processor with AVX2 alone zero points cost a
+# product by one token a fifth of its time (docs/benchmarks.md).
+ZERO_POINTS_FROM = 1.2
 _MEASURED_ROWS = 1024
 _LEFT_OVER = 32  # the block where none divides a row; the last one is padded
 # Activations are rounded to 8 bits by the same blocks, which integer products need; 0 would compute in float32.
@@ -101,7 +102,7 @@ class _Packed:
         self.outputs, self.inputs = matrix.shape
         self.bits, self.block = bits, block
         self._graph, self._name = graph, f"{name}_{bits}bit"
-        symmetric = not _gains_by_zero_points(matrix, bits, block)
+        symmetric = bits == 4 and not _gains_by_zero_points(matrix, block)
         self._weight, scales, zero_points = _rounded(matrix, bits, block, symmetric=symmetric)
         self._others = [self._initializer("scales", scales)]
         if not symmetric:
@@ -129,34 +130,31 @@ class _Packed:
 
 def _rounded(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool) -> tuple[np.ndarray, ...]:
     """Blocks `[outputs, blocks, bytes]`, scales `[outputs, blocks]` and packed zero points, which say nothing where
-    rounding is symmetric: operators then take the middle, 8 or 128, if they are left out."""
+    rounding is symmetric: left out, they are 8 at 4 bits."""
     library = _quantizer()
     config = library.DefaultWeightOnlyQuantConfig(block_size=block, bits=bits, is_symmetric=symmetric)
     return library.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
 
 
-def _gains_by_zero_points(matrix: np.ndarray, bits: int, block: int) -> bool:
-    """Whether a matrix's rounding error, measured on rows from all over it, is ZERO_POINTS_FROM times as large without
-    zero points as with them."""
-    rows = matrix[:: -(-len(matrix) // _MEASURED_ROWS)]
-    with_them, without = (_error(rows, bits, block, symmetric=symmetric) for symmetric in (False, True))
-    return without > ZERO_POINTS_FROM * with_them
+def _gains_by_zero_points(matrix: np.ndarray, block: int) -> bool:
+    """Whether the error of rounding to 4 bits, measured on rows from all over a matrix, is more than ZERO_POINTS_FROM
+    times as large without zero points as with them."""
+    rows = matrix[:: -(-len(matrix) // _MEASURED_ROWS) | 1]  # odd: rows of two kinds may take turns
+    with_them, without = (_error(rows, block, symmetric=symmetric) for symmetric in (False, True))
+    return not without <= ZERO_POINTS_FROM * with_them  # of what isn't a number, too
 
 
-def _error(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool) -> float:
-    """Root of the summed squares of what rounding changes."""
-    packed, scales, zero_points = _rounded(matrix, bits, block, symmetric=symmetric)
-    blocks = scales.shape[1]
-    middles = np.full((len(matrix), blocks), 1 << bits - 1) if symmetric else _numbers(zero_points, bits)[:, :blocks]
-    numbers = _numbers(packed, bits).astype(np.float32) - middles[:, :, None]
+def _error(matrix: np.ndarray, block: int, *, symmetric: bool) -> float:
+    """Root of the summed squares of what rounding to 4 bits changes."""
+    packed, scales, zero_points = _rounded(matrix, 4, block, symmetric=symmetric)
+    middles = np.uint8(8) if symmetric else _numbers(zero_points)[:, : scales.shape[1], None]
+    numbers = _numbers(packed).astype(np.float32) - middles
     values = (numbers * scales[:, :, None]).reshape(len(matrix), -1)[:, : matrix.shape[1]]
     return float(np.linalg.norm(values - matrix))
 
 
-def _numbers(packed: np.ndarray, bits: int) -> np.ndarray:
-    """The numbers of the last axis' bytes; of 4 bits, two in each, the lower first."""
-    if bits == 8:
-        return packed
+def _numbers(packed: np.ndarray) -> np.ndarray:
+    """The numbers of 4 bits in the last axis' bytes, the lower half first."""
     return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
 
 
