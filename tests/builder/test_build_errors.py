@@ -149,7 +149,11 @@ def tamper(monkeypatch, place):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "place", "kind"),
-    [("cpu", -1, "a step after the prompt"), ("torch", -12, "the prompt"), ("xnnpack", -1, "a step after the prompt")],
+    [
+        ("cpu", -1, "a step after the prompt"),
+        ("torch", -12, "the prompt"),
+        pytest.param("xnnpack", -1, "a step after the prompt", marks=pytest.mark.long),
+    ],
 )
 def test_mismatch_fails_the_build_and_keeps_nothing(tmp_path, monkeypatch, backend, place, kind):
     tamper(monkeypatch, place)

@@ -13,6 +13,7 @@ import torch
 
 from genbundle.builder import build_bundle
 from genbundle.bundles import InputError
+from genbundle.runtime import load_bundle
 from genbundle.runtime.wiring import Wiring
 from tests.zoo import shrink
 
@@ -105,8 +106,14 @@ def test_a_program_for_long_prompts_is_run_on_one(tmp_path):
     assert max(check.prompt_length for check in manifest.verification.checks) == 260
 
 
-def test_prompts_of_one_chunk_go_another_way_than_longer_ones(loaded):
-    model, bundle = shrink.make("Mamba2ForCausalLM"), loaded("Mamba2ForCausalLM", "torch")
+def test_prompts_of_one_chunk_go_another_way_than_longer_ones(tmp_path):
+    whole = shrink.make("Mamba2ForCausalLM")
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = 1  # every layer is traced seven times
+    model = type(whole)(config).eval()
+    assert not model.load_state_dict(whole.state_dict(), strict=False).missing_keys
+    build_bundle(model, backend="torch", output=tmp_path / "b", progress=False)
+    bundle = load_bundle(tmp_path / "b")
     prompt = next(program for program in bundle.bundle.manifest.programs if program.name == "prompt")
     assert prompt.least == model.config.chunk_size + 1
     assert [route.programs for route in bundle.bundle.manifest.flow.prompt][:2] == [("prompt",), ("short_prompt",)]

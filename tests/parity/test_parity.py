@@ -1,6 +1,7 @@
 """Finished bundles against `model.generate`: the same sequences for inputs that neither capture nor build saw."""
 
 import gc
+import itertools
 import re
 import shutil
 import sys
@@ -21,6 +22,8 @@ from tests.benchmarks import answers
 from tests.zoo import models
 
 BACKENDS = ("cpu", "torch", "xnnpack")
+# Those of test_stock_runners.py and test_limits.py, and one that differs from llama by where its norms are.
+REPEATED = {("gemma2", "xnnpack"), ("phi3", "xnnpack"), ("olmo2", "xnnpack")}
 pytestmark = pytest.mark.slow
 
 
@@ -45,8 +48,13 @@ def padded(*rows):
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", models.TEXT)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(*case, marks=pytest.mark.long if case in REPEATED else ())
+        for case in itertools.product(models.TEXT, BACKENDS)
+    ],
+)
 def test_text(name, backend, loaded):
     model, bundle = models.make(name), loaded(name, backend)
     single = {"input_ids": models.text_ids(21, seed=5)}
