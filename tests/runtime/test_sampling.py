@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from genbundle.bundles import EngineError, InputError
+from genbundle.runtime import logits
 from genbundle.runtime.sampling import OPTION_NAMES, GenerationOptions, make_sampler, options_from
 
 NO_IDS = np.zeros(0, np.int64)
@@ -190,3 +191,31 @@ def test_options_make_their_sampler():
     options = options_from({}, {"seed": 3, "top_k": 0})
     ours = [options.sampler()(values, NO_IDS), options.sampler(4)(values, NO_IDS)]
     assert ours == [make_sampler(do_sample=True, seed=seed)(values, NO_IDS) for seed in (3, 4)]
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 1}, {"top_k": 50}, {"top_k": 40_000}, {"top_p": 0.0}, {"top_p": 0.5}, {"top_p": 0.99}, {"min_p": 1},
+     {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05}, {"top_p": 0.9, "min_p": 0.2}],
+)  # fmt: skip
+def test_a_large_vocabulary_is_sampled_as_its_whole_rows_are(spread, temperature, filters):
+    """Only the tokens that may be left are looked at; what is left is what the filters leave of the whole row."""
+    values = (np.random.default_rng(0).standard_normal(40_000) * spread).astype(np.float32)
+    values[::7], values[5:400] = -np.inf, values.max()
+    whole = logits.temperature(values, temperature)
+    if filters.get("top_k"):
+        whole = logits.top_k(whole, filters["top_k"])
+    if "top_p" in filters:
+        whole = logits.top_p(whole, filters["top_p"])
+    if filters.get("min_p"):
+        whole = logits.min_p(whole, filters["min_p"])
+    weights = np.exp(whole.astype(np.float64) - whole.max())
+    share = np.cumsum(weights) / weights.sum()
+    random = np.random.Generator(np.random.PCG64(3))
+    sample = make_sampler(do_sample=True, temperature=temperature, seed=3, **filters)
+    for _ in range(40):
+        token, uniform = sample(values, NO_IDS), random.random()
+        assert whole[token] > -np.inf
+        assert share[token] > uniform - 1e-5 and (token == 0 or share[token - 1] < uniform + 1e-5)

@@ -8,6 +8,10 @@ import numpy as np
 
 # Candidates that top_p looks at first, before it takes eight times as many: the nucleus of a trained model is small.
 _FIRST_CANDIDATES = 256
+_BLOCK = 1 << 14
+_PEAK_OF = 64
+# Logits that differ by so little may be the same once they are divided by a temperature.
+_MARGIN = np.float32(1e-6)
 
 
 def repetition_penalty(row: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
@@ -40,18 +44,20 @@ def top_k(row: np.ndarray, k: int) -> np.ndarray:
     return np.where(row < smallest, np.float32(-np.inf), row)
 
 
-def top_p(row: np.ndarray, p: float) -> np.ndarray:
+def top_p(row: np.ndarray, p: float, total: float | None = None) -> np.ndarray:
     """Keep the fewest most probable tokens whose probabilities add up to `p`, at least one.
 
     Of tokens with equal logits on the border, the ones with the higher ids stay; how many is what transformers gives,
     which ones isn't defined there (it sorts unstably). transformers decides by a cumulative sum in float32: where that
     lies within rounding of the border, the two may differ by the token on it.
+
+    total: `Weights.total` of the whole row, where this one is only a part of it with the largest logits.
     """
     if p >= 1:
         return row.copy()
     # top_k may have left a handful: only those count, and partitioning the many that tie at -inf would be slow.
     left = np.flatnonzero(row > -np.inf)
-    kept = left[_nucleus(row[left] if len(left) < len(row) else row, p)] if len(left) else left
+    kept = left[_nucleus(row[left] if len(left) < len(row) else row, p, total)] if len(left) else left
     result = np.full_like(row, -np.inf)
     result[kept] = row[kept]
     return result
@@ -66,10 +72,60 @@ def min_p(row: np.ndarray, p: float) -> np.ndarray:
     return np.where(row < border, np.float32(-np.inf), row)
 
 
-def _nucleus(row: np.ndarray, p: float) -> np.ndarray:
+def among_largest(row: np.ndarray, k: int) -> np.ndarray:
+    """Places `[n]`, ascending: all that `top_k` keeps after any `temperature`, and few others. The largest logit has to
+    be finite.
+
+    As many tokens as there are blocks with a larger peak are larger than a block's peak.
+    """
+    peaks = row[: len(row) // _PEAK_OF * _PEAK_OF].reshape(-1, _PEAK_OF).max(axis=1)
+    if k > len(peaks):
+        return np.arange(len(row))
+    return _from(row, np.partition(peaks, len(peaks) - k)[len(peaks) - k])
+
+
+def among_nucleus(row: np.ndarray, p: float, temperature: float, total: float) -> np.ndarray:
+    """Places `[n]`, ascending: all that `top_p` (below 1) keeps after `temperature`, and few others. The largest logit
+    has to be finite; total: the row's `Weights.total`.
+
+    All tokens with less than an equal share of `1 - p` have less than `1 - p` together.
+    """
+    return _from(row, row.max() + np.float32(temperature * np.log((1 - p) * total / len(row))))
+
+
+def among_probable(row: np.ndarray, p: float, temperature: float) -> np.ndarray:
+    """Places `[n]`, ascending: all that `min_p` (above 0) keeps after `temperature`, and few others. The largest logit
+    has to be finite."""
+    return _from(row, row.max() + np.float32(temperature * np.log(p)))
+
+
+class Weights:
+    """exp((logit - largest) / temperature) of a row, whose largest logit has to be finite, block by block: arrays as
+    large as a vocabulary take longer to get from the system than to compute.
+
+    starts: where the blocks begin. sums: float64 `[blocks]`, of all weights up to a block's end. total: of all.
+    """
+
+    def __init__(self, row: np.ndarray, temperature: float):
+        self._row, self._scale = row, np.float32(temperature)
+        self._largest = row.max() / self._scale
+        self.starts = range(0, len(row), _BLOCK)
+        self.sums = np.cumsum([self.block(start).sum(dtype=np.float64) for start in self.starts])
+        self.total = float(self.sums[-1])
+
+    def block(self, start: int) -> np.ndarray:
+        """Those of the block that begins at `start`, float32."""
+        return np.exp(self._row[start : start + _BLOCK] / self._scale - self._largest)
+
+
+def _from(row: np.ndarray, bound: np.float32) -> np.ndarray:
+    return np.flatnonzero(row >= bound - np.abs(bound) * _MARGIN)
+
+
+def _nucleus(row: np.ndarray, p: float, total: float | None) -> np.ndarray:
     """The places in `row` (finite logits) that `top_p` keeps, found by partitioning instead of sorting everything."""
     weights = np.exp(row - row.max())
-    border = p * weights.sum(dtype=np.float64)
+    border = p * (weights.sum(dtype=np.float64) if total is None else total)
     candidates, count = np.arange(len(row)), _FIRST_CANDIDATES
     while count < len(row):
         likely = np.flatnonzero(row >= np.partition(row, -count)[-count])

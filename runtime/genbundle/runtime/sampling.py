@@ -153,40 +153,54 @@ def make_sampler(
             "seed": seed,
         }
     )
-    steps: list[Callable[[np.ndarray], np.ndarray]] = []
     sampling = do_sample and temperature > 0
-    if sampling and temperature != 1:
-        steps.append(lambda row: logits.temperature(row, temperature))
-    if sampling and top_k:
-        steps.append(lambda row: logits.top_k(row, top_k))
-    if sampling and top_p is not None and top_p < 1:
-        steps.append(lambda row: logits.top_p(row, top_p))
-    if sampling and min_p:
-        steps.append(lambda row: logits.min_p(row, min_p))
+    nucleus = top_p if top_p is not None and top_p < 1 else None
     random = np.random.Generator(np.random.PCG64(seed)) if sampling else None
+
+    def filtered(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that may be left, and their logits."""
+        total = None
+        if top_k:
+            tokens = logits.among_largest(row, top_k)
+        elif nucleus is not None:
+            total = logits.Weights(row, temperature).total
+            tokens = logits.among_nucleus(row, nucleus, temperature, total)
+        else:
+            assert min_p
+            tokens = logits.among_probable(row, min_p, temperature)
+        left = logits.temperature(row[tokens], temperature)
+        if top_k:
+            left = logits.top_k(left, top_k)
+        if nucleus is not None:
+            left = logits.top_p(left, nucleus, total)
+        return tokens, logits.min_p(left, min_p) if min_p else left
 
     def sample(row: np.ndarray, ids: np.ndarray) -> int:
         if repetition_penalty != 1:
             row = logits.repetition_penalty(row, ids, repetition_penalty)
         if random is None:
             return int(row.argmax())
-        for step in steps:
-            row = step(row)
-        return _draw(row, random.random())
+        if not np.isfinite(largest := row.max(initial=-np.inf)):
+            left = np.count_nonzero(row != -np.inf)
+            raise EngineError(f"can't sample: the largest logit is {largest} ({left} of {len(row)} tokens are left)")
+        if not (top_k or nucleus is not None or min_p):
+            return _draw(row, random.random(), temperature)
+        tokens, left = filtered(row)
+        return int(tokens[_draw(left, random.random())])
 
     return sample
 
 
-def _draw(row: np.ndarray, uniform: float) -> int:
-    """The token where the cumulative distribution of the softmax of `row` passes `uniform`, in [0, 1)."""
-    kept = np.flatnonzero(row != -np.inf)
-    largest = row[kept].max() if len(kept) else np.float32(np.nan)
-    if not np.isfinite(largest):
-        raise EngineError(f"can't sample: the largest logit is {largest} ({len(kept)} of {len(row)} tokens are left)")
-    cumulative = np.cumsum(np.exp(row[kept] - largest), dtype=np.float64)
-    # Rounding may put uniform * total on the total itself, which lies past the last token.
-    index = min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(kept) - 1)
-    return int(kept[index])
+def _draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
+    """The token where the cumulative distribution of the softmax of `row / temperature` passes `uniform`, in [0, 1)."""
+    weights = logits.Weights(row, temperature)
+    border = uniform * weights.total
+    block = int(np.searchsorted(weights.sums[:-1], border, side="right"))
+    inside = weights.block(weights.starts[block])
+    cumulative = np.cumsum(inside, dtype=np.float64) + (weights.sums[block - 1] if block else 0.0)
+    # Rounding may put the border on the sum of all itself, which lies past the last token that is left.
+    place = min(int(np.searchsorted(cumulative, border, side="right")), int(np.flatnonzero(inside)[-1]))
+    return weights.starts[block] + place
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
