@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.budgets --keep $(BENCH_FOLDER) $(BENCH_ARGS)
 	$(BIN)/python -m tests.benchmarks.peers $(BENCH_FOLDER) --long --plot $(BENCH_FOLDER)/benchmarks.svg
 	$(BIN)/python -m tests.benchmarks.products $(BENCH_FOLDER)/cpu-4096.bundle
+	$(BIN)/python -m tests.benchmarks.products $(BENCH_FOLDER)/cpu-4096.bundle --tokens 128
 	$(BIN)/python -m tests.benchmarks.memory $(BENCH_FOLDER)
 
 coverage: $(STAMP)

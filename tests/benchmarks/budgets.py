@@ -195,9 +195,9 @@ def peak_bytes(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
-def side_by_side(workers: dict[str, Worker], alone: Collection[str], context: int) -> dict[str, float]:
-    """Median milliseconds per step after a prompt of `context` tokens, all taking turns; of the program alone too for
-    the bundles in `alone`."""
+def side_by_side(workers: dict[str, Worker], alone: Collection[str], context: int) -> dict[str, list[float]]:
+    """Milliseconds of the steps after a prompt of `context` tokens, all taking turns; of the program alone too for the
+    bundles in `alone`."""
     times: dict[str, list[float]] = {}
     for worker in workers.values():
         worker.step(context)
@@ -209,7 +209,13 @@ def side_by_side(workers: dict[str, Worker], alone: Collection[str], context: in
             for kind, what in kinds:
                 worker.step(what)
                 times.setdefault(kind, []).extend(worker.step(what) for _ in range(STEPS - 1))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def _spread(own: list[float], other: list[float]) -> str:
+    """The 10th and 90th percentile of the ratios step by step."""
+    low, *_, high = statistics.quantiles([mine / theirs for mine, theirs in zip(own, other, strict=True)], n=10)
+    return f"{low:.3f}-{high:.3f}"
 
 
 def _start(code: str) -> subprocess.CompletedProcess:
@@ -319,7 +325,8 @@ def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float
     alone = [name for name in bundles if name.partition("-")[0] in LOOPS]
     rows = []
     for context in CONTEXTS:
-        found = side_by_side(workers, alone, context)
+        times = side_by_side(workers, alone, context)
+        found = {name: statistics.median(values) for name, values in times.items()}
         speed = 2**30 / found["memory"] / 1e6
         print(f"context {context}, ms: {found}; memory {speed:.1f} GB/s", flush=True)
         for name in bundles:
@@ -328,6 +335,7 @@ def step_ratios(folder: Path, bundles: dict[str, Path]) -> list[tuple[str, float
             if name in alone:
                 ratio = found[name] / found[f"{name} alone"]
                 rows.append((f"{name}: step over its program alone at {context}", ratio, 1.03))
+                print(f"{name}: the loop's steps over the program's, {_spread(times[name], times[f'{name} alone'])}")
     for worker in workers.values():
         worker.end()
     return rows

@@ -152,10 +152,9 @@ class Row:
     def __str__(self) -> str:
         """A line of the table."""
         spread = f"{self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})" if self.low != self.high else f"{self.ratio:.2f}"
-        return (
-            f"| `{self.bundle}` {self.what} | {self.own:.1f} | {self.theirs:.1f} ({self.peer}) | {spread} | "
-            f"{self.limit:.2f} |"
-        )
+        limit = "" if self.what.endswith(f" {LONG}") else f"{self.limit:.2f}"  # budgets are for the shorter contexts
+        theirs = f"{self.theirs:.1f} ({self.peer})"
+        return f"| `{self.bundle}` {self.what} | {self.own:.1f} | {theirs} | {spread} | {limit} |"
 
 
 def compare(times: Times, budget: Budget, what: str) -> Row:
@@ -225,7 +224,7 @@ def main() -> None:
         own = [name for name in options.bundles if name.endswith("int4") == (group is _FOUR)]
         rows += run(known, [*group, *own], contexts) if own else []
     print("bytes:", {name: _bytes(Path(path)) for name, (_, path, _) in known.items()})
-    print("\n| | ms | fastest peer, ms | ratio (spread) | at most |\n|---|---|---|---|---|")
+    print("\n| | ms | fastest of the budget's peers, ms | ratio (spread) | at most |\n|---|---|---|---|---|")
     print("\n".join(map(str, rows)))
     if options.plot:
         (options.folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))

@@ -16,8 +16,8 @@ from genbundle.builder.weights import SHARED_FROM_BYTES
 BLOCKS = {4: (64, 32, 16), 8: (128, 64, 32, 16)}
 # At 8 bits blocks have zero points. At 4 those of a matrix whose rounding error (root mean square) is more than this
 # many times as large without: clearly skewed ones. In blocks of 64 it is 1.04 times for normally distributed weights,
-# 1.11 for Laplace's; the included model loses nothing by it, and on a processor with AVX2 alone zero points cost a
-# product by one token a fifth of its time (docs/benchmarks.md).
+# 1.11 for Laplace's; the included model answers as well without (docs/benchmarks.md), and on a processor with AVX2
+# alone zero points cost a product by one token a fifth of its time.
 ZERO_POINTS_FROM = 1.2
 _MEASURED_ROWS = 1024
 _LEFT_OVER = 32  # the block where none divides a row; the last one is padded
