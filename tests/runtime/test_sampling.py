@@ -86,6 +86,11 @@ def test_logits_that_are_no_distribution(value):
         make_sampler(do_sample=True)(row(1, value, 0), NO_IDS)
     with pytest.raises(EngineError, match="can't sample"):
         make_sampler(do_sample=True)(row(-np.inf, -np.inf), NO_IDS)
+    for filters in ({}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}):
+        with pytest.raises(EngineError, match="can't sample: the largest logit is"):
+            make_sampler(do_sample=True, temperature=1e-40, **filters)(row(1, value, 0), NO_IDS)
+        with pytest.raises(EngineError, match="can't sample: the largest logit is inf"):
+            make_sampler(do_sample=True, temperature=1e-40, **filters)(row(1, 2, 0), NO_IDS)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,9 @@ def make_sampler(
             row = logits.repetition_penalty(row, ids, repetition_penalty)
         if random is None:
             return int(row.argmax())
-        if not np.isfinite(largest := row.max(initial=-np.inf)):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            largest = row.max(initial=-np.inf) / np.float32(temperature)
+        if not np.isfinite(largest):
             left = np.count_nonzero(row != -np.inf)
             raise EngineError(f"can't sample: the largest logit is {largest} ({left} of {len(row)} tokens are left)")
         if not (top_k or nucleus is not None or min_p):
