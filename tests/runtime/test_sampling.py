@@ -78,6 +78,8 @@ def test_a_uniform_draw_at_the_very_end_takes_the_last_token():
     values = row(-np.inf, 0, 0, -np.inf)
     assert _draw(values, 0.0) == 1
     assert _draw(values, np.nextafter(1, 0)) == 2
+    behind = np.concatenate([values, np.full(40_000, -np.inf, np.float32)])
+    assert _draw(behind, np.nextafter(1, 0)) == _draw(behind, 1.0) == 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

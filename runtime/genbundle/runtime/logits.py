@@ -76,7 +76,7 @@ def among_largest(row: np.ndarray, k: int) -> np.ndarray:
     """Places `[n]`, ascending: all that `top_k` keeps after any `temperature`, and few others. The largest logit has to
     be finite.
 
-    As many tokens as there are blocks with a larger peak are larger than a block's peak.
+    Of blocks of tokens, `k` have a peak of at least the `k`th largest peak: so many tokens are as large.
     """
     peaks = row[: len(row) // _PEAK_OF * _PEAK_OF].reshape(-1, _PEAK_OF).max(axis=1)
     if k > len(peaks):

@@ -197,12 +197,15 @@ def _draw(row: np.ndarray, uniform: float, temperature: float = 1.0) -> int:
     """The token where the cumulative distribution of the softmax of `row / temperature` passes `uniform`, in [0, 1)."""
     weights = logits.Weights(row, temperature)
     border = uniform * weights.total
-    block = int(np.searchsorted(weights.sums[:-1], border, side="right"))
-    inside = weights.block(weights.starts[block])
-    cumulative = np.cumsum(inside, dtype=np.float64) + (weights.sums[block - 1] if block else 0.0)
-    # Rounding may put the border on the sum of all itself, which lies past the last token that is left.
-    place = min(int(np.searchsorted(cumulative, border, side="right")), int(np.flatnonzero(inside)[-1]))
-    return weights.starts[block] + place
+    block = _first_beyond(weights.sums, border)
+    start = weights.starts[block]
+    before = weights.sums[block - 1] if block else 0.0
+    return start + _first_beyond(before + np.cumsum(weights.block(start), dtype=np.float64), border)
+
+
+def _first_beyond(cumulative: np.ndarray, border: float) -> int:
+    """The first place beyond the border; where rounding put that on the end, the last place that adds anything."""
+    return int(min(np.searchsorted(cumulative, border, side="right"), cumulative.argmax()))
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
