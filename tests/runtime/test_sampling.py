@@ -226,3 +226,19 @@ def test_a_large_vocabulary_is_sampled_as_its_whole_rows_are(spread, temperature
         token, uniform = sample(values, NO_IDS), random.random()
         assert whole[token] > -np.inf
         assert share[token] > uniform - 1e-5 and (token == 0 or share[token - 1] < uniform + 1e-5)
+
+
+def test_tokens_at_the_border_of_min_p_are_looked_at():
+    """The border is the difference of two numbers that are nearly alike, and as exact as these."""
+    p, temperature = 5.0744e-8, 2.44665
+    values = np.random.default_rng(0).uniform(-4e-6, 4e-6, 50).astype(np.float32)
+    values[0] = -temperature * np.log(p)
+    kept = np.flatnonzero(logits.min_p(logits.temperature(values, temperature), p) > -np.inf)
+    assert set(kept) <= set(logits.among_probable(values, p, temperature))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 1}])
+def test_a_temperature_beyond_float32_draws_from_all_that_are_left(filters):
+    values = row(-np.inf, 1, 2, 3, -np.inf)
+    sample = make_sampler(do_sample=True, temperature=1e39, seed=0, **filters)
+    assert {sample(values, NO_IDS) for _ in range(60)} <= {1, 2, 3}

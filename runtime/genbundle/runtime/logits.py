@@ -11,7 +11,7 @@ _FIRST_CANDIDATES = 256
 _BLOCK = 1 << 14
 _PEAK_OF = 64
 # Logits that differ by so little may be the same once they are divided by a temperature.
-_MARGIN = np.float32(1e-6)
+_MARGIN = 1e-6
 
 
 def repetition_penalty(row: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
@@ -81,7 +81,7 @@ def among_largest(row: np.ndarray, k: int) -> np.ndarray:
     peaks = row[: len(row) // _PEAK_OF * _PEAK_OF].reshape(-1, _PEAK_OF).max(axis=1)
     if k > len(peaks):
         return np.arange(len(row))
-    return _from(row, np.partition(peaks, len(peaks) - k)[len(peaks) - k])
+    return _from(row, float(np.partition(peaks, len(peaks) - k)[len(peaks) - k]), 0.0)
 
 
 def among_nucleus(row: np.ndarray, p: float, temperature: float, total: float) -> np.ndarray:
@@ -90,13 +90,13 @@ def among_nucleus(row: np.ndarray, p: float, temperature: float, total: float) -
 
     All tokens with less than an equal share of `1 - p` have less than `1 - p` together.
     """
-    return _from(row, row.max() + np.float32(temperature * np.log((1 - p) * total / len(row))))
+    return _from(row, float(row.max()), temperature * float(np.log((1 - p) * total / len(row))))
 
 
 def among_probable(row: np.ndarray, p: float, temperature: float) -> np.ndarray:
     """Places `[n]`, ascending: all that `min_p` (above 0) keeps after `temperature`, and few others. The largest logit
     has to be finite."""
-    return _from(row, row.max() + np.float32(temperature * np.log(p)))
+    return _from(row, float(row.max()), temperature * float(np.log(p)))
 
 
 class Weights:
@@ -118,8 +118,10 @@ class Weights:
         return np.exp(self._row[start : start + _BLOCK] / self._scale - self._largest)
 
 
-def _from(row: np.ndarray, bound: np.float32) -> np.ndarray:
-    return np.flatnonzero(row >= bound - np.abs(bound) * _MARGIN)
+def _from(row: np.ndarray, logit: float, offset: float) -> np.ndarray:
+    """Places of the finite logits from `logit + offset` on, and of those that rounding may put there."""
+    bound = logit + offset - _MARGIN * (abs(logit) + abs(offset))
+    return np.flatnonzero(row >= np.float32(max(bound, float(np.finfo(np.float32).min))))
 
 
 def _nucleus(row: np.ndarray, p: float, total: float | None) -> np.ndarray:

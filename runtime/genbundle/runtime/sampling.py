@@ -153,8 +153,9 @@ def make_sampler(
             "seed": seed,
         }
     )
+    temperature = min(float(temperature), float(np.finfo(np.float32).max))
     sampling = do_sample and temperature > 0
-    nucleus = top_p if top_p is not None and top_p < 1 else None
+    nucleus = float(top_p) if top_p is not None and top_p < 1 else None
     random = np.random.Generator(np.random.PCG64(seed)) if sampling else None
 
     def filtered(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
